@@ -1,0 +1,337 @@
+package postgres
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/dbcontroller/db-controller/descriptor"
+	"github.com/dbcontroller/db-controller/store"
+)
+
+// maxAttempts bounds the repeats of a write that meets concurrent writes of the same rows. From the second attempt on the rows are locked
+// first, so only names that others create or purge at that very moment can make it fail again.
+const maxAttempts = 8
+
+// fenceSQL takes the shared form of the write fence. It is a statement of its own because writeSQL's snapshot must be taken after it.
+const fenceSQL = `SELECT pg_advisory_xact_lock_shared($1, $2)`
+
+const lockRowsSQL = `SELECT FROM resources WHERE name = ANY ($1) ORDER BY name FOR UPDATE`
+
+// writeSQL judges all rows against the stored ones and, if none is refused, writes those that differ. The guard of ON CONFLICT is what finds
+// a concurrent write that the snapshot does not show; ctl.conflict then aborts the transaction.
+const writeSQL = `
+WITH input AS MATERIALIZED (
+	SELECT ord, name, type, op, id, shard, NULLIF(owning_region, '') AS owning_region, regions::text[] AS regions, meta::jsonb AS meta, body::jsonb AS body,
+		if_epoch, if_number, allow_missing
+	FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::int[], $6::text[], $7::text[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::bool[])
+		WITH ORDINALITY AS i (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing, ord)
+), here AS MATERIALIZED (
+	SELECT e.epoch, h.floor, d.region AS self, d.writable_version = $13 AS writable FROM ctl.feed_epoch e, horizon h, ctl.deployment_state d
+), judged AS MATERIALIZED (
+	SELECT i.ord, i.name, i.op, i.id, i.shard, i.meta, i.body, here.self, coalesce(i.type, r.type) AS type,
+		coalesce(i.owning_region, here.self) AS owning_region, coalesce(i.regions, ARRAY[here.self]) AS regions,
+		greatest(here.epoch, r.epoch) AS epoch, coalesce(r.resource_version, here.floor) AS version,
+		r.name IS NOT NULL AS found, coalesce(r.state <> 2, false) AS live,
+		r.type AS old_type, r.uuid AS old_uuid, r.epoch AS old_epoch, r.resource_version AS old_version, r.generation AS old_generation,
+		r.owning_region AS old_owner, r.regions AS old_regions, r.left_regions AS old_left, r.state AS old_state, r.block_deletion,
+		r.create_time, r.update_time, r.delete_time,
+		r.body IS NOT DISTINCT FROM i.body AS same_body,
+		CASE
+			WHEN NOT here.writable THEN 'frozen'
+			WHEN coalesce(i.owning_region, here.self) <> here.self THEN 'misrouted'
+			WHEN r.state <> 2 AND r.owning_region <> here.self THEN 'copy'
+			WHEN i.if_number > 0 AND (r.state <> 2 AND (r.epoch, r.resource_version) = (i.if_epoch, i.if_number)) IS NOT TRUE THEN 'changed'
+			WHEN i.op = 1 AND r.state <> 2 THEN 'exists'
+			WHEN i.op IN (2, 4) AND (r.state <> 2) IS NOT TRUE THEN CASE WHEN i.allow_missing THEN 'absent' ELSE 'missing' END
+			WHEN i.op = 4 AND r.block_deletion THEN 'blocked'
+			WHEN i.op <> 4 AND r.state = 1 THEN 'deleting'
+			WHEN i.op <> 4 AND r.state = 0 AND r.type = i.type AND r.meta = i.meta AND r.body = i.body
+				AND r.regions = coalesce(i.regions, ARRAY[here.self]) THEN 'same'
+			ELSE 'write'
+		END AS outcome
+	FROM input i CROSS JOIN here LEFT JOIN resources r ON r.name = i.name
+), written AS (
+	INSERT INTO resources AS t (name, type, uuid, epoch, resource_version, generation, shard, owning_region, regions, left_regions, state,
+		create_time, update_time, delete_time, meta, body)
+	SELECT name, type, CASE WHEN live THEN old_uuid ELSE id END, epoch, version + 1,
+		CASE WHEN live THEN old_generation + (op <> 4 AND NOT same_body)::int ELSE 1 END,
+		shard, owning_region, CASE WHEN op = 4 THEN old_regions ELSE regions END,
+		CASE WHEN NOT found THEN '{}' WHEN op = 4 OR old_regions = regions THEN old_left ELSE left_after(old_regions, old_left, regions, self) END,
+		CASE WHEN op = 4 THEN 2 ELSE 0 END,
+		CASE WHEN live THEN create_time ELSE now() END, now(), CASE WHEN op = 4 THEN now() END,
+		CASE WHEN op = 4 THEN '{}' ELSE meta END, CASE WHEN op = 4 THEN NULL ELSE body END
+	FROM judged
+	WHERE outcome = 'write' AND NOT EXISTS (SELECT FROM judged WHERE outcome NOT IN ('write', 'same', 'absent'))
+	ORDER BY name
+	ON CONFLICT (name) DO UPDATE SET type = excluded.type, uuid = excluded.uuid, epoch = excluded.epoch, resource_version = excluded.resource_version,
+		generation = excluded.generation, change = pg_current_xact_id(), owning_region = excluded.owning_region, regions = excluded.regions,
+		left_regions = excluded.left_regions, state = excluded.state, block_deletion = false, create_time = excluded.create_time,
+		update_time = excluded.update_time, delete_time = excluded.delete_time, meta = excluded.meta, body = excluded.body
+	WHERE (t.epoch, t.resource_version) < (excluded.epoch, excluded.resource_version)
+	RETURNING t.name, t.uuid, t.epoch, t.resource_version, t.generation, t.owning_region, t.regions, t.state, t.create_time, t.update_time, t.delete_time
+)
+SELECT CASE WHEN j.outcome <> 'write' THEN j.outcome
+		WHEN w.name IS NOT NULL THEN 'write'
+		WHEN EXISTS (SELECT FROM judged WHERE outcome NOT IN ('write', 'same', 'absent')) THEN 'stopped'
+		ELSE ctl.conflict(j.name) END,
+	coalesce(j.type, ''), coalesce(w.uuid, j.old_uuid, j.id), coalesce(w.epoch, j.old_epoch, 0), coalesce(w.resource_version, j.old_version, 0),
+	coalesce(w.generation, j.old_generation, 0), coalesce(w.owning_region, j.old_owner, j.owning_region), coalesce(w.regions, j.old_regions, '{}'),
+	coalesce(w.state, j.old_state, 0), coalesce(j.block_deletion AND j.live, false),
+	coalesce(w.create_time, j.create_time, now()), coalesce(w.update_time, j.update_time, now()), coalesce(w.delete_time, CASE WHEN w.name IS NULL THEN j.delete_time END)
+FROM judged j LEFT JOIN written w ON w.name = j.name
+ORDER BY j.ord`
+
+// BatchWrite implements store.Writer.
+func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.Result, error) {
+	if err := checkBatch(writes); err != nil {
+		return nil, err
+	}
+	var err error
+	for attempt := range maxAttempts {
+		var results []store.Result
+		results, err = s.tryWrite(ctx, writes, attempt > 0)
+		if err == nil {
+			if changed(results) {
+				s.hub.Committed()
+			}
+			return results, nil
+		}
+		var pe *pgconn.PgError
+		retry := errors.Is(err, errReread) || errors.As(err, &pe) && (pe.Code == "40001" || pe.Code == "40P01")
+		if !retry {
+			return nil, wrap(err, "write")
+		}
+	}
+	return nil, &store.Error{Code: store.Aborted, Name: writes[0].Name, Reason: "too many concurrent writes of the same resources: read them again and repeat", Cause: err}
+}
+
+func checkBatch(writes []store.Write) error {
+	if len(writes) == 0 || len(writes) > store.MaxBatch {
+		return store.Invalid("writes", fmt.Sprintf("has %d entries: send 1 to %d", len(writes), store.MaxBatch))
+	}
+	seen := make(map[string]bool, len(writes))
+	for i, w := range writes {
+		if seen[w.Name] {
+			return store.Invalid(fmt.Sprintf("writes[%d].name", i), fmt.Sprintf("%q appears twice: a transaction writes a resource once", w.Name))
+		}
+		seen[w.Name] = true
+	}
+	return nil
+}
+
+func changed(results []store.Result) bool {
+	for _, r := range results {
+		if r.Changed {
+			return true
+		}
+	}
+	return false
+}
+
+// errReread means that a row changed between the read for a mask and the write.
+var errReread = errors.New("changed since it was read")
+
+func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bool) ([]store.Result, error) {
+	whole, merged, err := s.unmask(ctx, writes)
+	if err != nil {
+		return nil, err
+	}
+	args, err := s.inputs(whole)
+	if err != nil {
+		return nil, err
+	}
+	var b pgx.Batch // without an explicit BEGIN a batch is one implicit transaction, committed by its one round trip
+	b.Queue(fenceSQL, lockClass, lockFence)
+	if lockFirst {
+		b.Queue(lockRowsSQL, args[0])
+	}
+	b.Queue(writeSQL, args...)
+
+	br := s.pool.SendBatch(ctx, &b)
+	results, err := readResults(br, whole, lockFirst)
+	if cerr := br.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil && merged != nil && store.CodeOf(err) == store.Aborted {
+		var se *store.Error
+		if errors.As(err, &se) && merged[se.Name] {
+			return nil, errReread // the caller did not ask for that version, we did
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return results, nil
+}
+
+// unmask turns masked writes into writes of the whole resource at the version that was read. merged holds the names whose IfVersion is
+// ours and not the caller's.
+func (s *Store) unmask(ctx context.Context, writes []store.Write) (whole []store.Write, merged map[string]bool, err error) {
+	var names []string
+	for _, w := range writes {
+		if w.Op != store.Delete && w.Op != store.Create && !store.MaskAll(w.Mask) {
+			names = append(names, w.Name)
+		}
+	}
+	if names == nil {
+		return writes, nil, nil
+	}
+	stored, err := s.BatchGet(ctx, names)
+	if err != nil {
+		return nil, nil, err
+	}
+	byName := make(map[string]*store.Resource, len(stored))
+	for _, r := range stored {
+		if r != nil {
+			byName[r.Name] = r
+		}
+	}
+	merged = map[string]bool{}
+	for _, w := range writes {
+		if old := byName[w.Name]; old != nil && !store.MaskAll(w.Mask) {
+			if w, err = store.ApplyMask(old, w); err != nil {
+				return nil, nil, err
+			}
+			if w.IfVersion == (store.Version{}) {
+				w.IfVersion = old.Version
+				merged[w.Name] = true
+			}
+		}
+		whole = append(whole, w)
+	}
+	return whole, merged, nil
+}
+
+// inputs are the parameters of writeSQL.
+func (s *Store) inputs(writes []store.Write) ([]any, error) {
+	n := len(writes)
+	names, types, ids := make([]string, n), make([]*string, n), make([]uuid.UUID, n)
+	ops, shards := make([]int32, n), make([]int32, n)
+	owners, regions, metas, bodies := make([]string, n), make([]*string, n), make([]*string, n), make([]*string, n)
+	ifEpoch, ifNumber, allow := make([]int64, n), make([]int64, n), make([]bool, n)
+	for i, w := range writes {
+		names[i], ops[i] = w.Name, int32(w.Op)
+		shards[i] = int32(descriptor.Shard(w.Name, s.cfg.Ring)) //nolint:gosec // below the ring size
+		owners[i] = w.OwningRegion
+		ifEpoch[i], ifNumber[i], allow[i] = w.IfVersion.Epoch, w.IfVersion.Number, w.AllowMissing
+		if w.Op == store.Delete {
+			continue
+		}
+		id, err := uuid.NewV7()
+		if err != nil {
+			return nil, fmt.Errorf("make a uuid for %s: %w", w.Name, err)
+		}
+		meta, err := json.Marshal(w.Meta)
+		if err != nil {
+			return nil, fmt.Errorf("encode metadata of %s: %w", w.Name, err)
+		}
+		ids[i], types[i] = id, &w.Type
+		metas[i], bodies[i] = ptr(string(meta)), ptr("{}")
+		if len(w.Body) > 0 {
+			bodies[i] = ptr(string(w.Body))
+		}
+		if len(w.Regions) > 0 {
+			regions[i] = ptr(arrayLiteral(w.Regions))
+		}
+	}
+	return []any{names, types, ops, ids, shards, owners, regions, metas, bodies, ifEpoch, ifNumber, allow, s.cfg.Version}, nil
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// arrayLiteral is PostgreSQL's text form of a text array: unnest would flatten an array of arrays.
+func arrayLiteral(values []string) string {
+	quote := strings.NewReplacer(`\`, `\\`, `"`, `\"`)
+	var b strings.Builder
+	b.WriteByte('{')
+	for i, v := range values {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteByte('"')
+		b.WriteString(quote.Replace(v))
+		b.WriteByte('"')
+	}
+	b.WriteByte('}')
+	return b.String()
+}
+
+func readResults(br pgx.BatchResults, writes []store.Write, lockFirst bool) ([]store.Result, error) {
+	skip := 1
+	if lockFirst {
+		skip = 2
+	}
+	for range skip {
+		if _, err := br.Exec(); err != nil {
+			return nil, err
+		}
+	}
+	rows, err := br.Query()
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	results := make([]store.Result, 0, len(writes))
+	var refused error
+	for rows.Next() {
+		w := writes[len(results)]
+		r := &store.Resource{Name: w.Name, Meta: w.Meta, Body: w.Body}
+		var outcome string
+		var state int16
+		var deleted *time.Time
+		err := rows.Scan(&outcome, &r.Type, &r.UUID, &r.Version.Epoch, &r.Version.Number, &r.Generation, &r.OwningRegion, &r.Regions, &state, &r.BlockDeletion,
+			&r.CreateTime, &r.UpdateTime, &deleted)
+		if err != nil {
+			return nil, err
+		}
+		r.State = store.State(state)
+		if deleted != nil {
+			r.DeleteTime = *deleted
+		}
+		if len(r.Body) == 0 && w.Op != store.Delete {
+			r.Body = json.RawMessage("{}")
+		}
+		if refused == nil {
+			refused = refusal(outcome, w, r)
+		}
+		if outcome == "absent" {
+			r = nil
+		}
+		results = append(results, store.Result{Resource: r, Changed: outcome == "write"})
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return results, refused
+}
+
+// refusal is the error for an outcome of writeSQL, nil for those that are none.
+func refusal(outcome string, w store.Write, stored *store.Resource) error {
+	switch outcome {
+	case "frozen":
+		return store.Errorf(store.Unavailable, w.Name, "this API version does not take writes at the moment: repeat in a few seconds")
+	case "misrouted":
+		return store.Errorf(store.FailedPrecondition, w.Name, "is owned by region %s: write there", w.OwningRegion)
+	case "copy":
+		return store.Errorf(store.FailedPrecondition, w.Name, "is a read copy owned by region %s: write there", stored.OwningRegion)
+	case "changed":
+		return store.Errorf(store.Aborted, w.Name, "has another etag than the one sent: read it again and repeat")
+	case "exists":
+		return store.Errorf(store.AlreadyExists, w.Name, "exists already")
+	case "missing":
+		return store.Errorf(store.NotFound, w.Name, "does not exist")
+	case "blocked":
+		return store.Errorf(store.FailedPrecondition, w.Name, "its deletion is blocked by the service")
+	case "deleting":
+		return store.Errorf(store.FailedPrecondition, w.Name, "is being deleted")
+	}
+	return nil
+}

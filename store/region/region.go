@@ -1,0 +1,185 @@
+// Package region is the layer of the Store that knows where resources belong: it puts metadata.syncing into every write, and refuses writes that
+// the policies do not allow (spec 2.5, 4.0; F26 to F36).
+//
+//   - metadata.syncing follows from the name, the type's sync type and the governing policy; what a caller sends is ignored
+//   - saving an unchanged resource refreshes a stale metadata.syncing
+//   - one transaction writes resources of one policy holder, besides global ones
+//   - nothing is created in a region that its policy does not enable
+package region
+
+import (
+	"context"
+	"errors"
+
+	"github.com/dbcontroller/db-controller/descriptor"
+	"github.com/dbcontroller/db-controller/store"
+	"github.com/dbcontroller/db-controller/store/policy"
+)
+
+// policies is what the layer asks: policy.Cache.
+type policies interface {
+	Of(ctx context.Context, n descriptor.Name, pending map[string][]byte) (p *descriptor.Policy, holder string, err error)
+	Forget(holder string)
+}
+
+// Store is the layer. It is safe for concurrent use.
+type Store struct {
+	next     store.Store
+	region   string
+	version  func() *descriptor.Version
+	policies policies
+}
+
+// Layer puts the layer for the Deployment in region on top of next.
+func Layer(next store.Store, region string, version func() *descriptor.Version, p policies) *Store {
+	return &Store{next: next, region: region, version: version, policies: p}
+}
+
+// Get implements store.Reader.
+func (s *Store) Get(ctx context.Context, name string) (*store.Resource, error) {
+	return s.next.Get(ctx, name)
+}
+
+// BatchGet implements store.Reader.
+func (s *Store) BatchGet(ctx context.Context, names []string) ([]*store.Resource, error) {
+	return s.next.BatchGet(ctx, names)
+}
+
+// List implements store.Reader.
+func (s *Store) List(ctx context.Context, q store.Query) (*store.Page, error) {
+	return s.next.List(ctx, q)
+}
+
+// Owner returns the region to which writes of n belong.
+func (s *Store) Owner(ctx context.Context, n descriptor.Name) (string, error) {
+	if region, ok := n.Region(); ok {
+		return region, nil
+	}
+	p, _, err := s.policies.Of(ctx, n, nil)
+	var missing *policy.MissingHolderError
+	if errors.As(err, &missing) {
+		// Its holder is gone, but what it left behind can still be read and deleted where it is owned.
+		r, gerr := s.next.Get(ctx, n.Full)
+		if gerr == nil {
+			return r.OwningRegion, nil
+		}
+		if store.CodeOf(gerr) != store.NotFound {
+			return "", gerr
+		}
+		return "", holderError(missing)
+	}
+	if err != nil {
+		return "", err
+	}
+	owner, ok := descriptor.OwningRegion(n, p)
+	if !ok {
+		return s.region, nil // no policy anywhere: the service runs without regions
+	}
+	return owner, nil
+}
+
+// BatchWrite implements store.Writer.
+func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.Result, error) {
+	pending := s.pending(writes)
+	placed := make([]store.Write, len(writes))
+	holder, first := "", ""
+	for i, w := range writes {
+		n, err := s.parse(w.Name)
+		if err != nil {
+			return nil, err
+		}
+		if h := n.HolderName(); h != "" {
+			if holder != "" && h != holder {
+				return nil, store.Errorf(store.FailedPrecondition, w.Name, "belongs to policy holder %s, but %s in the same transaction belongs to %s: write them separately", h, first, holder)
+			}
+			holder, first = h, w.Name
+		}
+		if placed[i], err = s.place(ctx, w, n, pending); err != nil {
+			return nil, err
+		}
+	}
+	results, err := s.next.BatchWrite(ctx, placed)
+	for _, w := range writes { // also after an error: the write may have been applied
+		if t := s.version().Type(w.Type); t != nil && t.IsPolicyHolder() || w.Op == store.Delete {
+			s.policies.Forget(w.Name)
+		}
+	}
+	return results, err
+}
+
+// place fills in where the write belongs.
+func (s *Store) place(ctx context.Context, w store.Write, n descriptor.Name, pending map[string][]byte) (store.Write, error) {
+	p, _, err := s.policies.Of(ctx, n, pending)
+	var missing *policy.MissingHolderError
+	if errors.As(err, &missing) {
+		if w.Op != store.Delete {
+			return w, holderError(missing)
+		}
+		w.OwningRegion = "" // the core knows whether it is ours
+		return w, nil
+	}
+	if err != nil {
+		return w, err
+	}
+	owner, ok := descriptor.OwningRegion(n, p)
+	if !ok {
+		owner = s.region
+	}
+	if owner != s.region {
+		return w, store.Errorf(store.FailedPrecondition, w.Name, "is owned by region %s: write there", owner)
+	}
+	w.Type, w.OwningRegion = n.Type.Name, owner
+	if w.Op == store.Delete {
+		return w, nil
+	}
+	w.Regions = descriptor.RegionsFor(n.Type, p, owner)
+	if len(w.Regions) == 0 {
+		w.Regions = []string{owner}
+	}
+	if p != nil && !p.CanCreateIn(owner) {
+		return w, s.refuseCreation(ctx, w, owner)
+	}
+	return w, nil
+}
+
+// refuseCreation allows a write in a region that the policy does not enable only if the resource exists already.
+func (s *Store) refuseCreation(ctx context.Context, w store.Write, owner string) error {
+	if w.Op != store.Create {
+		_, err := s.next.Get(ctx, w.Name)
+		if store.CodeOf(err) != store.NotFound || w.Op == store.Update {
+			return err
+		}
+	}
+	return store.Errorf(store.FailedPrecondition, w.Name, "cannot be created in region %s, which its policy does not enable: add it to enabledRegions or choose another region", owner)
+}
+
+// pending are the bodies of policy holders in writes. A masked write is judged by the stored policy: its own change follows with the feed.
+func (s *Store) pending(writes []store.Write) map[string][]byte {
+	var bodies map[string][]byte
+	for _, w := range writes {
+		if w.Op == store.Delete || !store.MaskAll(w.Mask) {
+			continue
+		}
+		n, err := s.parse(w.Name)
+		if err != nil || !n.Type.IsPolicyHolder() {
+			continue
+		}
+		if bodies == nil {
+			bodies = map[string][]byte{}
+		}
+		bodies[w.Name] = w.Body
+	}
+	return bodies
+}
+
+func (s *Store) parse(name string) (descriptor.Name, error) {
+	n, err := s.version().ParseName(name)
+	if err != nil {
+		return n, store.Invalid("name", err.Error())
+	}
+	return n, nil
+}
+
+func holderError(e *policy.MissingHolderError) error {
+	return store.Errorf(store.FailedPrecondition, e.Name, "its policy holder %s does not exist: create that first", e.Holder)
+}
