@@ -169,8 +169,12 @@ func (s *Store) mergeOnce(ctx context.Context, b Batch) (merged Merged, err erro
 				return err
 			}
 		}
-		// The cursor commits together with the rows, so losing both in a crash is harmless: the rows come again.
-		if _, err := c.Exec(ctx, "BEGIN; SET LOCAL synchronous_commit = off", pgx.QueryExecModeSimpleProtocol); err != nil {
+		begin := "BEGIN"
+		if b.Empty {
+			// The rows are all new: those that a crash takes back come again, and no reader has seen one of them go back to an older version.
+			begin = "BEGIN; SET LOCAL synchronous_commit = off"
+		}
+		if _, err := c.Exec(ctx, begin, pgx.QueryExecModeSimpleProtocol); err != nil {
 			return err
 		}
 		var epoch int64

@@ -83,6 +83,7 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 	pending := s.pending(writes)
 	placed := make([]store.Write, len(writes))
 	holder, first := "", ""
+	var holders []string
 	for i, w := range writes {
 		n, err := s.parse(w.Name)
 		if err != nil {
@@ -94,15 +95,16 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 			}
 			holder, first = h, w.Name
 		}
+		if n.Type.IsPolicyHolder() {
+			holders = append(holders, n.Full)
+		}
 		if placed[i], err = s.place(ctx, w, n, pending); err != nil {
 			return nil, err
 		}
 	}
 	results, err := s.next.BatchWrite(ctx, placed)
-	for _, w := range writes { // also after an error: the write may have been applied
-		if t := s.version().Type(w.Type); t != nil && t.IsPolicyHolder() || w.Op == store.Delete {
-			s.policies.Forget(w.Name)
-		}
+	for _, h := range holders { // also after an error: the write may have been applied
+		s.policies.Forget(h)
 	}
 	return results, err
 }
