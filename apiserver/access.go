@@ -1,0 +1,178 @@
+package apiserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"time"
+
+	"connectrpc.com/connect"
+
+	dbcontrollerv1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
+	rpc "github.com/dbcontroller/db-controller/api/dbcontroller/v1/dbcontrollerv1connect"
+	"github.com/dbcontroller/db-controller/internal/pki"
+	"github.com/dbcontroller/db-controller/registry"
+)
+
+// rule says who may call a method.
+type rule uint8
+
+const (
+	// users may call it.
+	users rule = iota + 1
+	// writers: users may call it, and Deployments of this service that forward a user's write.
+	writers
+	// deployments of this service may call it.
+	deployments
+)
+
+// rules is the authorization table. A method that is not in it may be called by nobody.
+var rules = map[string]rule{
+	rpc.ResourcesGetProcedure:        users,
+	rpc.ResourcesBatchGetProcedure:   users,
+	rpc.ResourcesListProcedure:       users,
+	rpc.ResourcesWatchProcedure:      users,
+	rpc.ResourcesCreateProcedure:     writers,
+	rpc.ResourcesUpdateProcedure:     writers,
+	rpc.ResourcesDeleteProcedure:     writers,
+	rpc.ResourcesBatchWriteProcedure: writers,
+	rpc.FeedPingProcedure:            deployments,
+	rpc.FeedTailProcedure:            deployments,
+	rpc.FeedDigestProcedure:          deployments,
+	rpc.FeedVersionsProcedure:        deployments,
+	rpc.FeedFetchProcedure:           deployments,
+}
+
+// request is what is known of a call before its message is read.
+type request struct {
+	// caller is the zero Identity on a server without TLS.
+	caller pki.Identity
+	// forwardedBy is the region that forwarded the call, empty when it comes from a user.
+	forwardedBy string
+	// connection sets deadlines of the connection or stream below the call.
+	connection *http.ResponseController
+}
+
+type requestKey struct{}
+
+func requestOf(ctx context.Context) request {
+	r, _ := ctx.Value(requestKey{}).(request)
+	return r
+}
+
+// admit establishes who calls, and bounds how long a request may take to arrive.
+func (s *Server) admit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.calls.Add(1)
+		defer s.calls.Done()
+		req := request{forwardedBy: r.Header.Get(dbcontrollerv1.ForwardedByHeader), connection: http.NewResponseController(w)}
+		if s.cfg.TLS != nil {
+			id, err := pki.FromCertificate(r.TLS.PeerCertificates[0])
+			if err != nil { // the handshake has refused such a certificate
+				http.Error(w, "no identity", http.StatusForbidden)
+				return
+			}
+			req.caller = id
+		}
+		// HTTP/1.1 keeps deadlines of the connection from one request to the next, so both are always set.
+		_ = req.connection.SetReadDeadline(time.Now().Add(s.cfg.RequestTimeout))
+		_ = req.connection.SetWriteDeadline(time.Now().Add(s.cfg.RequestTimeout + s.cfg.SendTimeout))
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, req)))
+	})
+}
+
+// errDenied says nothing about why: who may not come in need not learn what is inside.
+var errDenied = connect.NewError(connect.CodePermissionDenied, errors.New("permission denied"))
+
+// authorize answers from the table. Without TLS everybody may do everything.
+func (s *Server) authorize(ctx context.Context, procedure string) error {
+	rule, known := rules[procedure]
+	if !known {
+		return errDenied
+	}
+	if s.cfg.TLS == nil {
+		return nil
+	}
+	r := requestOf(ctx)
+	if r.caller.IsUser() {
+		if rule == deployments || r.forwardedBy != "" {
+			return errDenied
+		}
+		return nil
+	}
+	if !s.isPeer(r.caller) || rule == users || rule == writers && r.forwardedBy != r.caller.Region {
+		return errDenied
+	}
+	return nil
+}
+
+// isPeer says whether id is another Deployment of our service that the registry knows and that is not disabled.
+func (s *Server) isPeer(id pki.Identity) bool {
+	if id.Service != s.cfg.Service || id.Region == s.cfg.Region {
+		return false
+	}
+	d, known := s.cfg.Topology.View().Deployment(registry.Key{Service: id.Service, Region: id.Region})
+	return known && !d.Disabled
+}
+
+// call surrounds every call, however it came in: authorization, deadline, recovery, errors as statuses, metrics.
+func (s *Server) call(ctx context.Context, procedure string, stream bool, next func(context.Context) error) (err error) {
+	start := time.Now()
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+		err = s.status(ctx, procedure, err)
+		s.metrics.observe(procedure, stream, err, time.Since(start))
+	}()
+	if err := s.authorize(ctx, procedure); err != nil {
+		return err
+	}
+	if !stream {
+		ctx, cancel := context.WithTimeout(ctx, s.cfg.RequestTimeout)
+		defer cancel()
+		return next(ctx)
+	}
+	_ = requestOf(ctx).connection.SetReadDeadline(time.Time{}) // the caller has said all it has to say
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(s.draining, func() { cancel(errStopping) })()
+	err = next(ctx)
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, errStopping) {
+		return cause
+	}
+	return err
+}
+
+var errStopping = connect.NewError(connect.CodeUnavailable, errors.New("this server is stopping: resume with another"))
+
+// sending bounds the next send of a stream.
+func (s *Server) sending(ctx context.Context) {
+	_ = requestOf(ctx).connection.SetWriteDeadline(time.Now().Add(s.cfg.SendTimeout))
+}
+
+// interceptor applies call to the RPC handlers.
+type interceptor struct{ s *Server }
+
+func (i interceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (res connect.AnyResponse, err error) {
+		err = i.s.call(ctx, req.Spec().Procedure, false, func(ctx context.Context) (err error) {
+			res, err = next(ctx, req)
+			return err
+		})
+		return res, err
+	}
+}
+
+func (i interceptor) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		return i.s.call(ctx, conn.Spec().Procedure, true, func(ctx context.Context) error { return next(ctx, conn) })
+	}
+}
+
+// WrapStreamingClient is part of connect.Interceptor; this one serves no clients.
+func (interceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
