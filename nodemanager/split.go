@@ -1,0 +1,22 @@
+package nodemanager
+
+import "github.com/dbcontroller/db-controller/store/feed"
+
+// Split cuts a ring into n contiguous ranges, in order, whose sizes differ by one at most. With more nodes than shards the last ranges
+// are empty.
+func Split(ring, n int) []feed.Range {
+	ranges := make([]feed.Range, max(0, n))
+	size, rest, from := 0, 0, 0
+	if n > 0 {
+		size, rest = ring/n, ring%n
+	}
+	for i := range ranges {
+		to := from + size
+		if i < rest {
+			to++
+		}
+		ranges[i] = feed.Range{From: int32(from), To: int32(to)} //nolint:gosec // a ring is at most 65536
+		from = to
+	}
+	return ranges
+}
