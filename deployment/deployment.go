@@ -1,0 +1,267 @@
+// Package deployment opens one Deployment, one service in one region, and runs its parts: the store stack, the API server and the nodes.
+//
+// The parts may run in one process or in several on the same database. The walk through the code starts here:
+//
+//	Open     database, migrations, feed epoch; store stack: region on top of postgres; policies kept from the feed
+//	Serve    the API server on a listener
+//	Manage   the node manager: read copies of all other regions; tombstones are purged
+package deployment
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dbcontroller/db-controller/apiserver"
+	"github.com/dbcontroller/db-controller/descriptor"
+	"github.com/dbcontroller/db-controller/internal/pki"
+	"github.com/dbcontroller/db-controller/nodemanager"
+	"github.com/dbcontroller/db-controller/registry"
+	"github.com/dbcontroller/db-controller/store/policy"
+	"github.com/dbcontroller/db-controller/store/postgres"
+	"github.com/dbcontroller/db-controller/store/region"
+	"github.com/dbcontroller/db-controller/syncing"
+)
+
+// Config says which Deployment to open, and with what.
+type Config struct {
+	registry.Key
+	// Registry must know the Deployment and its service: wait for it before Open.
+	Registry *registry.Registry
+	// DSN of the Deployment's database; never logged.
+	DSN string
+	// TLS is the identity of the Deployment and the CAs that it trusts; nil is plain text on loopback, for development.
+	TLS pki.Source
+	// DialContext opens connections to other Deployments; nil is a plain dialer.
+	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
+	// MaxShardsPerNode, AuditInterval and PurgeAfter are those of syncing.Config.
+	MaxShardsPerNode int
+	AuditInterval    time.Duration
+	PurgeAfter       time.Duration
+	// Retention is how long tombstones are kept. A consumer of the change feed that is away for longer compares when it comes back. Default 24 h.
+	Retention time.Duration
+	// MaxConns bounds the connections to the database. Default 16.
+	MaxConns int
+	// Logger defaults to slog.Default.
+	Logger *slog.Logger
+}
+
+// Deployment is an open Deployment.
+type Deployment struct {
+	cfg     Config
+	spec    registry.Deployment
+	log     *slog.Logger
+	core    *postgres.Store
+	stack   *region.Store
+	policy  *policy.Cache
+	metrics *prometheus.Registry
+	node    atomic.Pointer[syncing.ControllerNode] // the running one; nil where Manage does not run
+}
+
+// Open opens the database, migrates it, and stacks the store's layers. Close it after Run has returned.
+func Open(ctx context.Context, cfg Config) (*Deployment, error) {
+	cfg.Logger = cmp.Or(cfg.Logger, slog.Default())
+	cfg.Retention = cmp.Or(cfg.Retention, 24*time.Hour)
+	d := &Deployment{cfg: cfg, log: cfg.Logger.With("service", cfg.Service, "region", cfg.Region), metrics: prometheus.NewRegistry()}
+	var ok bool
+	if d.spec, ok = cfg.Registry.View().Deployment(cfg.Key); !ok {
+		return nil, fmt.Errorf("open %s: no such Deployment is declared", cfg.Key)
+	}
+	if err := d.checkVersion(); err != nil {
+		return nil, err
+	}
+	if cfg.TLS == nil && d.spec.TLS.Name != "" {
+		return nil, fmt.Errorf("open %s: spec.tls names secret %s, which has not been given", cfg.Key, d.spec.TLS.Name)
+	}
+	d.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), cfg.Registry)
+
+	var err error
+	d.core, err = postgres.Open(ctx, postgres.Config{DSN: cfg.DSN, Service: cfg.Service, Region: cfg.Region, Version: d.spec.Version,
+		Ring: d.spec.Ring, MaxConns: cfg.MaxConns, Logger: d.log})
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
+	}
+	d.policy = policy.New(d.version, d.core, d.log)
+	d.stack = region.Layer(d.core, cfg.Region, d.version, d.policy)
+	return d, nil
+}
+
+// Close closes the database.
+func (d *Deployment) Close() { d.core.Close() }
+
+// Store is the whole stack, as the API server uses it.
+func (d *Deployment) Store() *region.Store { return d.stack }
+
+// Core is the store on PostgreSQL, without the layers.
+func (d *Deployment) Core() *postgres.Store { return d.core }
+
+// Metrics of this Deployment.
+func (d *Deployment) Metrics() *prometheus.Registry { return d.metrics }
+
+// Peers tells how far the copies of every other region are.
+func (d *Deployment) Peers() []syncing.PeerStatus {
+	if n := d.node.Load(); n != nil {
+		return n.Status()
+	}
+	return nil
+}
+
+func (d *Deployment) checkVersion() error {
+	s, ok := d.cfg.Registry.View().Service(d.cfg.Service)
+	if !ok {
+		return fmt.Errorf("open %s: no ServiceDescriptor of %s is declared", d.cfg.Key, d.cfg.Service)
+	}
+	if s.Version(d.spec.Version) == nil {
+		return fmt.Errorf("open %s: the ServiceDescriptor has no version %s", d.cfg.Key, d.spec.Version)
+	}
+	return nil
+}
+
+// version is the schema in force: edits of the descriptor apply live. A version that has been taken away stays as it was last.
+func (d *Deployment) version() *descriptor.Version {
+	if s, ok := d.cfg.Registry.View().Service(d.cfg.Service); ok {
+		if v := s.Version(d.spec.Version); v != nil {
+			return v
+		}
+	}
+	return new(descriptor.Version)
+}
+
+// Run runs what every process of a Deployment needs, change hints and fresh policies, and the given parts, until ctx is done or one of them fails.
+func (d *Deployment) Run(ctx context.Context, parts ...func(context.Context) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.core.Run(ctx) })
+	g.Go(func() error { return d.policy.Run(ctx, d.core.Feed()) })
+	for _, part := range parts {
+		g.Go(func() error { return part(ctx) })
+	}
+	return g.Wait()
+}
+
+// Server returns the part that serves the API on l and, if ops is not nil, health, status and metrics on ops.
+func (d *Deployment) Server(l, ops net.Listener) (func(context.Context) error, error) {
+	s, err := apiserver.New(apiserver.Config{
+		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version,
+		Store: d.stack, Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry,
+		TLS: d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
+		Checks: d.checks(), Status: func() any { return d.Status() }, Metrics: promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{}),
+		Registerer: d.metrics, Logger: d.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		g, ctx := errgroup.WithContext(ctx)
+		g.Go(func() error { return s.Run(ctx, l) })
+		if ops != nil {
+			g.Go(func() error { return ServeHTTP(ctx, ops, s.OpsHandler()) })
+		}
+		return g.Wait()
+	}, nil
+}
+
+// Manage is the part that runs the nodes and the housekeeping.
+func (d *Deployment) Manage(ctx context.Context) error {
+	m, err := nodemanager.New(nodemanager.Config{
+		Topology: d.cfg.Registry, Ring: d.spec.Ring, Version: d.spec.Version, Logger: d.log,
+		Kinds: []nodemanager.Kind{{Name: "syncing", New: d.newNode}},
+	})
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return m.Run(ctx) })
+	g.Go(func() error { return d.purge(ctx) })
+	return g.Wait()
+}
+
+func (d *Deployment) newNode(version string) (nodemanager.Node, error) {
+	n, err := syncing.NewControllerNode(syncing.Config{
+		Service: d.cfg.Service, Region: d.cfg.Region, Version: version, Ring: d.spec.Ring,
+		MaxShardsPerNode: d.cfg.MaxShardsPerNode, AuditInterval: d.cfg.AuditInterval, PurgeAfter: d.cfg.PurgeAfter,
+		Registry: d.cfg.Registry, Target: d.core, Dial: d.source, Metrics: d.metrics, Logger: d.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.node.Store(n)
+	return n, nil
+}
+
+// purgeBatch keeps the transactions of the purge short.
+const purgeBatch = 1000
+
+func (d *Deployment) purge(ctx context.Context) error {
+	for {
+		n, err := d.core.Purge(ctx, d.cfg.Retention, purgeBatch)
+		if err != nil && ctx.Err() == nil {
+			d.log.WarnContext(ctx, "tombstones were not purged", "error", err)
+		}
+		if n == purgeBatch {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(min(d.cfg.Retention/10+time.Second, 10*time.Minute)):
+		}
+	}
+}
+
+// source connects to another Deployment's feed.
+func (d *Deployment) source(peer registry.Deployment) (syncing.Source, error) {
+	t := syncing.NewTransport(d.cfg.TLS, pki.Identity{TrustDomain: d.spec.TrustDomain, Service: peer.Service, Region: peer.Region}, d.cfg.DialContext)
+	return syncing.NewSource(t, peer.Endpoint, syncing.Peer{Service: peer.Service, ForRegion: d.cfg.Region, OfRegion: peer.Region, Version: d.spec.Version, Ring: d.spec.Ring}), nil
+}
+
+func (d *Deployment) checks() []apiserver.Check {
+	return []apiserver.Check{
+		{Name: "registry", Run: func(context.Context) error {
+			if !d.cfg.Registry.Synced() {
+				return errors.New("the topology is not known yet")
+			}
+			return nil
+		}},
+		{Name: "database", Run: d.core.Ping},
+	}
+}
+
+// Status is what /statusz shows.
+type Status struct {
+	Service string               `json:"service"`
+	Region  string               `json:"region"`
+	Version string               `json:"version"`
+	Peers   []syncing.PeerStatus `json:"peers"`
+}
+
+// Status returns the state of the Deployment for people and tools.
+func (d *Deployment) Status() Status {
+	return Status{d.cfg.Service, d.cfg.Region, d.spec.Version, d.Peers()}
+}
+
+// ServeHTTP serves h on l until ctx is done; calls in flight get five seconds to end.
+func ServeHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+	stopped := make(chan error, 1)
+	go func() {
+		<-ctx.Done()
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		stopped <- s.Shutdown(grace)
+	}()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return <-stopped
+}
