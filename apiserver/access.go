@@ -83,14 +83,16 @@ func (s *Server) admit(next http.Handler) http.Handler {
 	})
 }
 
-// errDenied says nothing about why: who may not come in need not learn what is inside.
-var errDenied = connect.NewError(connect.CodePermissionDenied, errors.New("permission denied"))
+// denied says nothing about why: who may not come in need not learn what is inside.
+func denied() error {
+	return fail(connect.CodePermissionDenied, "PERMISSION_DENIED", nil, nil, "permission denied")
+}
 
 // authorize answers from the table. Without TLS everybody may do everything.
 func (s *Server) authorize(ctx context.Context, procedure string) error {
 	rule, known := rules[procedure]
 	if !known {
-		return errDenied
+		return denied()
 	}
 	if s.cfg.TLS == nil {
 		return nil
@@ -98,12 +100,12 @@ func (s *Server) authorize(ctx context.Context, procedure string) error {
 	r := requestOf(ctx)
 	if r.caller.IsUser() {
 		if rule == deployments || r.forwardedBy != "" {
-			return errDenied
+			return denied()
 		}
 		return nil
 	}
 	if !s.isPeer(r.caller) || rule == users || rule == writers && r.forwardedBy != r.caller.Region {
-		return errDenied
+		return denied()
 	}
 	return nil
 }
@@ -135,22 +137,29 @@ func (s *Server) call(ctx context.Context, procedure string, stream bool, next f
 		defer cancel()
 		return next(ctx)
 	}
-	_ = requestOf(ctx).connection.SetReadDeadline(time.Time{}) // the caller has said all it has to say
+	connection := requestOf(ctx).connection
+	_ = connection.SetReadDeadline(time.Time{}) // the caller has said all it has to say
+	_ = connection.SetWriteDeadline(time.Time{})
+	defer func() { _ = connection.SetWriteDeadline(time.Now().Add(s.cfg.SendTimeout)) }() // for the end of the stream, sent after this
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(s.draining, func() { cancel(errStopping) })()
 	err = next(ctx)
-	if cause := context.Cause(ctx); err != nil && errors.Is(cause, errStopping) {
-		return cause
+	if err != nil && errors.Is(context.Cause(ctx), errStopping) {
+		return fail(connect.CodeUnavailable, "STOPPING", nil, nil, "%v", errStopping)
 	}
 	return err
 }
 
-var errStopping = connect.NewError(connect.CodeUnavailable, errors.New("this server is stopping: resume with another"))
+var errStopping = errors.New("this server is stopping: resume with another")
 
-// sending bounds the next send of a stream.
-func (s *Server) sending(ctx context.Context) {
-	_ = requestOf(ctx).connection.SetWriteDeadline(time.Now().Add(s.cfg.SendTimeout))
+// within runs one send of a stream, which fails if the reader takes nothing for SendTimeout.
+func (s *Server) within(ctx context.Context, send func() error) error {
+	connection := requestOf(ctx).connection
+	_ = connection.SetWriteDeadline(time.Now().Add(s.cfg.SendTimeout))
+	err := send()
+	_ = connection.SetWriteDeadline(time.Time{}) // else an idle stream would be cut
+	return err
 }
 
 // interceptor applies call to the RPC handlers.

@@ -22,7 +22,6 @@ type Replica interface {
 	Versions(ctx context.Context, shards []int32, region string, emit func(name string, v store.Version) error) error
 	FetchNames(ctx context.Context, names []string, region string, emit func(tuple []byte) error) error
 	FetchShards(ctx context.Context, shards feed.Range, region string, emit func(tuple []byte) error) error
-	Epoch(ctx context.Context) (int64, error)
 }
 
 // Limits of the feed.
@@ -50,7 +49,7 @@ type asked struct {
 func (s *Server) admitPeer(ctx context.Context, p *dbcontrollerv1.Peer) (asked, error) {
 	id := pki.Identity{TrustDomain: s.cfg.TrustDomain, Service: p.GetService(), Region: p.GetForRegion()}
 	if s.cfg.TLS != nil && requestOf(ctx).caller != id || !s.isPeer(id) {
-		return asked{}, errDenied
+		return asked{}, denied()
 	}
 	wrong := func(what string, theirs, ours any) (asked, error) {
 		return asked{}, fail(connect.CodeFailedPrecondition, dbcontrollerv1.ReasonWrongPeer, nil, nil,
@@ -98,16 +97,16 @@ func (a asked) shards(r *dbcontrollerv1.Shards) (feed.Range, error) {
 	return feed.Range{From: r.GetFrom(), To: r.GetTo()}, nil
 }
 
-// Ping answers with the server's clock, read as late as possible.
+// Ping answers with the clock of the database, the same that stamps the frames of a tail.
 func (f feedService) Ping(ctx context.Context, req *connect.Request[dbcontrollerv1.PingRequest]) (*connect.Response[dbcontrollerv1.PingResponse], error) {
 	if _, err := f.s.admitPeer(ctx, req.Msg.GetPeer()); err != nil {
 		return nil, err
 	}
-	epoch, err := f.s.cfg.Replica.Epoch(ctx)
+	now, clock, err := f.s.cfg.Changes.Now(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&dbcontrollerv1.PingResponse{Epoch: epoch, ServerTime: timestamppb.Now()}), nil
+	return connect.NewResponse(&dbcontrollerv1.PingResponse{Epoch: now.Epoch, ServerTime: timestamppb.New(clock)}), nil
 }
 
 // Tail follows the change feed. The first frame comes at once: without a cursor it says where the stream begins.
@@ -122,8 +121,7 @@ func (f feedService) Tail(ctx context.Context, req *connect.Request[dbcontroller
 		return err
 	}
 	t := tail{s: s, region: peer.region, shards: shards, send: func(res *dbcontrollerv1.TailResponse) error {
-		s.sending(ctx)
-		return stream.Send(res)
+		return s.within(ctx, func() error { return stream.Send(res) })
 	}}
 	if t.cursor, err = feed.ParseToken(req.Msg.GetCursor()); err != nil {
 		return err
@@ -244,7 +242,7 @@ func (f feedService) Digest(ctx context.Context, req *connect.Request[dbcontroll
 	}
 	res := &dbcontrollerv1.DigestResponse{Epoch: epoch}
 	for _, d := range digests {
-		res.Digests = append(res.Digests, &dbcontrollerv1.ShardDigest{Shard: d.Shard, Count: d.Count, Hash: uint64(d.Hash)}) //nolint:gosec // 64 bits either way
+		res.Digests = append(res.Digests, &dbcontrollerv1.ShardDigest{Shard: d.Shard, Count: d.Count, Hash: uint64(d.Hash)})
 	}
 	return connect.NewResponse(res), nil
 }
@@ -271,8 +269,7 @@ func (f feedService) Versions(ctx context.Context, req *connect.Request[dbcontro
 	defer release()
 	res := &dbcontrollerv1.VersionsResponse{}
 	flush := func() error {
-		f.s.sending(ctx)
-		err := stream.Send(res)
+		err := f.s.within(ctx, func() error { return stream.Send(res) })
 		res.Rows = res.Rows[:0]
 		return err
 	}
@@ -319,8 +316,9 @@ func (f feedService) Fetch(ctx context.Context, req *connect.Request[dbcontrolle
 	defer release()
 	var current frame
 	send := func() error {
-		s.sending(ctx)
-		return stream.Send(&dbcontrollerv1.FetchResponse{Rows: current.tuples, RowCount: current.rows})
+		return s.within(ctx, func() error {
+			return stream.Send(&dbcontrollerv1.FetchResponse{Rows: current.tuples, RowCount: current.rows})
+		})
 	}
 	emit := func(tuple []byte) error {
 		if current.full(tuple) {

@@ -21,7 +21,7 @@ var _ = Describe("Feed", func() {
 	var w *world
 	var feed rpc.FeedClient
 	BeforeEach(func() {
-		w = newWorld(false, func(c *Config) { c.MaxPeerStreams, c.SendTimeout = 2, time.Second }, "eu", "us")
+		w = newWorld(false, func(c *Config) { c.MaxPeerStreams, c.SendTimeout = 2, 3*time.Second }, "eu", "us")
 		feed = w.feed(deployment("us"), "eu")
 	})
 	all := &dbcontrollerv1.Shards{To: ring}
@@ -96,9 +96,12 @@ var _ = Describe("Feed", func() {
 	})
 
 	It("sends a large read in frames that are bounded, and never splits a row", func() {
-		stream, _ := tail("")
+		stream, stop := tail("")
 		Expect(stream.Receive()).To(BeTrue())
+		cursor := stream.Msg().GetCursor()
+		stop()
 		put(14, 1000<<10) // more than is held
+		stream, _ = tail(cursor)
 		rows, frames := 0, 0
 		for rows < 14 {
 			Expect(stream.Receive()).To(BeTrue(), "%v", stream.Err())

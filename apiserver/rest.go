@@ -207,7 +207,7 @@ func (s *Server) restList(ctx context.Context, x *exchange) error {
 		}
 	}
 	res, err := s.list(ctx, &dbcontrollerv1.ListRequest{
-		Collection: x.path, PageSize: int32(min(size, store.MaxPageSize)), PageToken: x.params.Get("page_token"), //nolint:gosec // small
+		Collection: x.path, PageSize: int32(min(size, store.MaxPageSize)), PageToken: x.params.Get("page_token"),
 		Filter: x.params.Get("filter"), OrderBy: x.params.Get("order_by"),
 	})
 	if err != nil {

@@ -196,7 +196,9 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 			err = fmt.Errorf("stop serving on %s: %w", l.Addr(), serr)
 		}
 		stop()
-		<-served
+		if serr := <-served; !errors.Is(serr, http.ErrServerClosed) {
+			err = errors.Join(err, fmt.Errorf("serve on %s: %w", l.Addr(), serr))
+		}
 	}
 	cancel()
 	_ = srv.Close() // what is left has had its time

@@ -98,8 +98,7 @@ func (s *Server) newWatch(ctx context.Context, req *dbcontrollerv1.WatchRequest,
 	}
 	w := &watcher{s: s, version: v, filter: strings.TrimSpace(req.GetFilter()), chunk: &dbcontrollerv1.WatchResponse{}}
 	w.send = func(res *dbcontrollerv1.WatchResponse) error {
-		s.sending(ctx)
-		return send(res)
+		return s.within(ctx, func() error { return send(res) })
 	}
 	hash := sha256.Sum256([]byte(strings.Join([]string{s.cfg.Service, s.cfg.Region, s.cfg.Version, req.GetCollection(), w.filter}, "\x00")))
 	w.query = base64.RawURLEncoding.EncodeToString(hash[:12])

@@ -114,17 +114,17 @@ var _ = Describe("Watch", func() {
 		v := w.watch("sections/a/packages", "", "")
 		Expect(v.batch()).To(BeEmpty())
 		var writes []store.Write
-		for i := range 9 {
+		for i := range 6 {
 			body := fmt.Sprintf(`{"version": "%d", "note": "%s"}`, i, strings.Repeat("x", 900<<10))
 			writes = append(writes, store.Write{Op: store.Create, Name: fmt.Sprintf("sections/a/packages/p%d", i), Type: "Package", Body: []byte(body)})
 		}
 		_, err := w.regions["eu"].server.cfg.Store.BatchWrite(GinkgoT().Context(), writes)
 		Expect(err).NotTo(HaveOccurred())
-		Expect(v.batch()).To(HaveLen(9))
+		Expect(v.batch()).To(HaveLen(6))
 		Expect(v.largest).To(BeNumerically("<", 2<<20))
 		v.stop()
 		v = w.watch("sections/a/packages", "", "")
-		Expect(v.batch()).To(HaveLen(9))
+		Expect(v.batch()).To(HaveLen(6))
 		Expect(v.largest).To(BeNumerically("<", 2<<20))
 	})
 

@@ -26,8 +26,9 @@ import (
 	"github.com/dbcontroller/db-controller/internal/pgserver/pgtest"
 	"github.com/dbcontroller/db-controller/internal/pki"
 	"github.com/dbcontroller/db-controller/registry"
-	"github.com/dbcontroller/db-controller/store"
+	"github.com/dbcontroller/db-controller/store/policy"
 	"github.com/dbcontroller/db-controller/store/postgres"
+	"github.com/dbcontroller/db-controller/store/region"
 )
 
 func TestMain(m *testing.M) { os.Exit(pgtest.Main(m)) }
@@ -49,10 +50,10 @@ type world struct {
 	deployments []*v1alpha1.Deployment
 	descriptor  *v1alpha1.ServiceDescriptor
 	ca          *pki.CA // nil: plain text
-	regions     map[string]*region
+	regions     map[string]*server
 }
 
-type region struct {
+type server struct {
 	name     string
 	store    *postgres.Store
 	server   *Server
@@ -64,7 +65,7 @@ type region struct {
 // newWorld starts the regions. Everything without a region in its name belongs to eu.
 func newWorld(plaintext bool, tune func(*Config), names ...string) *world {
 	GinkgoHelper()
-	w := &world{registry: registry.New(), regions: map[string]*region{}, descriptor: descriptorOf(names)}
+	w := &world{registry: registry.New(), regions: map[string]*server{}, descriptor: descriptorOf(names)}
 	if !plaintext {
 		var err error
 		w.ca, err = pki.NewCA("test")
@@ -88,11 +89,15 @@ func (w *world) start(name string, tune func(*Config)) {
 		DSN: pgtest.Database(GinkgoTB()), Service: service, Region: name, Version: "v1", Ring: ring, FeedLimit: 50, Logger: slog.New(slog.DiscardHandler),
 	})
 	Expect(err).NotTo(HaveOccurred())
-	r := &region{name: name, store: st, metrics: prometheus.NewRegistry()}
-	owners := placing{Store: st, world: w}
+	r := &server{name: name, store: st, metrics: prometheus.NewRegistry()}
+	version := func() *descriptor.Version {
+		service, _ := w.registry.View().Service(service)
+		return service.Version("v1")
+	}
+	stack := region.Layer(st, name, version, policy.New(version, st, slog.New(slog.DiscardHandler)))
 	cfg := Config{
 		Service: service, Region: name, Version: "v1",
-		Store: owners, Owners: owners, Changes: st.Feed(), Replica: st, Topology: w.registry,
+		Store: stack, Owners: stack, Changes: st.Feed(), Replica: st, Topology: w.registry,
 		Registerer: r.metrics, Logger: slog.New(slog.NewTextHandler(GinkgoWriter, nil)),
 	}
 	scheme := "http"
@@ -148,34 +153,6 @@ func descriptorOf(regions []string) *v1alpha1.ServiceDescriptor {
 		}}},
 	}
 	return d
-}
-
-// placing puts the owning region and the regions into writes, by the policy of the service.
-type placing struct {
-	store.Store
-	world *world
-}
-
-func (p placing) Owner(_ context.Context, n descriptor.Name) (string, error) {
-	service, _ := p.world.registry.View().Service(service)
-	owner, ok := descriptor.OwningRegion(n, service.Policy)
-	if !ok {
-		return "", store.Errorf(store.FailedPrecondition, n.Full, "no policy governs the name")
-	}
-	return owner, nil
-}
-
-func (p placing) BatchWrite(ctx context.Context, writes []store.Write) ([]store.Result, error) {
-	service, _ := p.world.registry.View().Service(service)
-	for i := range writes {
-		n, err := service.Versions[0].ParseName(writes[i].Name)
-		if err != nil {
-			return nil, err
-		}
-		writes[i].OwningRegion, _ = descriptor.OwningRegion(n, service.Policy)
-		writes[i].Regions = descriptor.RegionsFor(n.Type, service.Policy, writes[i].OwningRegion)
-	}
-	return p.Store.BatchWrite(ctx, writes)
 }
 
 func (w *world) source(id pki.Identity) pki.Source {

@@ -164,7 +164,9 @@ func TestReplacedAsAWhole(t *testing.T) {
 		}
 		expect(t, s, "start v2 [0,5)", "start v2 [5,10)", "stop v1 [0,5)", "stop v1 [5,10)")
 		cancel()
-		<-ended
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
 		if err := m.Replace(t.Context(), "v3"); !errors.Is(err, nodemanager.ErrStopped) {
 			t.Fatalf("Replace after the end = %v", err)
 		}
@@ -187,6 +189,8 @@ func TestFailedNodeStartsAgain(t *testing.T) {
 		}
 		s.mu.Unlock()
 		cancel()
-		<-ended
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
 	})
 }

@@ -15,7 +15,7 @@ func Split(ring, n int) []feed.Range {
 		if i < rest {
 			to++
 		}
-		ranges[i] = feed.Range{From: int32(from), To: int32(to)} //nolint:gosec // a ring is at most 65536
+		ranges[i] = feed.Range{From: int32(from), To: int32(to)}
 		from = to
 	}
 	return ranges

@@ -33,11 +33,9 @@ type SecretRef struct {
 	Key string
 }
 
-// SuspendScope narrows a suspension. An empty field stands for all.
+// SuspendScope is a part of the copying into a Deployment.
 type SuspendScope struct {
-	// ResourceType is a type of the Deployment's service, for example "Package".
-	ResourceType string
-	PeerRegion   string
+	PeerRegion string
 }
 
 // Deployment is one service in one region as the topology declares it. It is a value: nobody changes one that others can see.
@@ -75,11 +73,9 @@ func (d Deployment) String() string {
 	return fmt.Sprintf("%s (%s at %s)", d.Key, d.Version, endpoint)
 }
 
-// Suspends reports whether copying of a resource type (as in SuspendScope) from a peer region is suspended.
-func (d Deployment) Suspends(resourceType, peerRegion string) bool {
-	return d.Suspended || slices.ContainsFunc(d.SuspendScopes, func(s SuspendScope) bool {
-		return (s.ResourceType == "" || s.ResourceType == resourceType) && (s.PeerRegion == "" || s.PeerRegion == peerRegion)
-	})
+// Suspends reports whether copying from a peer region is suspended.
+func (d Deployment) Suspends(peerRegion string) bool {
+	return d.Suspended || slices.Contains(d.SuspendScopes, SuspendScope{PeerRegion: peerRegion})
 }
 
 // DeploymentOf returns what an object declares, with the defaults that the object leaves out.

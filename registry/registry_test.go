@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -28,10 +29,12 @@ func deployment(service, region, endpoint string) *v1alpha1.Deployment {
 	}
 }
 
+var global = &v1alpha1.MultiRegionPolicy{EnabledRegions: []string{"eu"}, DefaultControlRegion: "eu"}
+
 func service(name, plural string) *v1alpha1.ServiceDescriptor {
 	return &v1alpha1.ServiceDescriptor{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
-		Spec: v1alpha1.ServiceDescriptorSpec{Service: name, Versions: []v1alpha1.ServiceVersion{{Name: "v1", Resources: []v1alpha1.ResourceType{
+		Spec: v1alpha1.ServiceDescriptorSpec{Service: name, MultiRegionPolicy: global, Versions: []v1alpha1.ServiceVersion{{Name: "v1", Resources: []v1alpha1.ResourceType{
 			{Type: "Thing", Plural: plural, Patterns: []string{plural + "/{thing}"}}}}}},
 	}
 }
@@ -137,8 +140,10 @@ func TestEventsLeadToTheView(t *testing.T) {
 					t.Errorf("subscriber %d: %v", i, err)
 					return
 				}
-				if local.IntN(20) == 0 {
-					time.Sleep(time.Duration(local.IntN(300)) * time.Microsecond) // schedules, not waiting
+				if local.IntN(4) == 0 { // a consumer that is slower than others
+					for range local.IntN(200) {
+						runtime.Gosched()
+					}
 				}
 				select {
 				case <-finished:
@@ -190,13 +195,17 @@ func TestServiceComesBeforeAndGoesAfterItsDeployments(t *testing.T) {
 		{Services: []*v1alpha1.ServiceDescriptor{service("a.example.com", "things")}, Deployments: []*v1alpha1.Deployment{deployment("a.example.com", "eu", "https://eu")}},
 		{},
 	}
-	for e := range reg.Subscribe(t.Context()) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for e := range reg.Subscribe(ctx) {
 		got = append(got, strings.TrimPrefix(fmt.Sprintf("%T", e), "registry."))
 		if _, removed := e.(registry.ServiceRemovedEvent); removed {
 			break
 		}
 		if len(got) == 1 || len(got) == 3 {
-			reg.Apply(steps[0])
+			if problems := reg.Apply(steps[0]); len(problems) > 0 {
+				t.Fatal(problems)
+			}
 			steps = steps[1:]
 		}
 	}
@@ -236,17 +245,15 @@ func TestSuspends(t *testing.T) {
 		scopes []registry.SuspendScope
 		want   bool
 	}{
-		"nothing":          {false, nil, false},
-		"all":              {true, nil, true},
-		"type":             {false, []registry.SuspendScope{{ResourceType: "Package"}}, true},
-		"other type":       {false, []registry.SuspendScope{{ResourceType: "Section"}}, false},
-		"peer":             {false, []registry.SuspendScope{{PeerRegion: "us"}}, true},
-		"type, other peer": {false, []registry.SuspendScope{{ResourceType: "Package", PeerRegion: "ap"}}, false},
-		"second scope":     {false, []registry.SuspendScope{{PeerRegion: "ap"}, {PeerRegion: "us"}}, true},
-		"all and a scope":  {true, []registry.SuspendScope{{PeerRegion: "ap"}}, true},
+		"nothing":         {false, nil, false},
+		"all":             {true, nil, true},
+		"peer":            {false, []registry.SuspendScope{{PeerRegion: "us"}}, true},
+		"other peer":      {false, []registry.SuspendScope{{PeerRegion: "ap"}}, false},
+		"second scope":    {false, []registry.SuspendScope{{PeerRegion: "ap"}, {PeerRegion: "us"}}, true},
+		"all and a scope": {true, []registry.SuspendScope{{PeerRegion: "ap"}}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := (registry.Deployment{Suspended: c.all, SuspendScopes: c.scopes}).Suspends("Package", "us"); got != c.want {
+			if got := (registry.Deployment{Suspended: c.all, SuspendScopes: c.scopes}).Suspends("us"); got != c.want {
 				t.Errorf("Suspends = %v, want %v", got, c.want)
 			}
 		})

@@ -41,8 +41,8 @@ type Config struct {
 	Registry *registry.Registry
 	// Target is the own database.
 	Target Target
-	// Dial returns the Source of a Deployment. It is called once per link, again when the Deployment's address or TLS settings change, and
-	// with backoff while it fails. The context of a link ends its streams; idle connections are Dial's business.
+	// Dial returns the Source of a Deployment. It is called again when the Deployment's address or TLS settings, its suspension or the shard range
+	// change, and with backoff while it fails.
 	Dial func(registry.Deployment) (Source, error)
 	// AuditInterval is how often live copies are compared by digest. 0 is DefaultAuditInterval; negative is never.
 	AuditInterval time.Duration
@@ -114,8 +114,13 @@ func (c *ControllerNode) Run(ctx context.Context) error {
 		}
 		defer reg.Unregister(c.metrics)
 	}
+	known, err := c.copyOwners(ctx)
+	if err != nil {
+		return nil // told to stop
+	}
 	c.mu.Lock()
 	c.ctx = ctx
+	c.known = known
 	c.mu.Unlock()
 	for range c.cfg.Registry.Subscribe(ctx) {
 		c.mu.Lock()
@@ -128,6 +133,25 @@ func (c *ControllerNode) Run(ctx context.Context) error {
 	c.mu.Unlock()
 	c.running.Wait()
 	return nil
+}
+
+// copyOwners returns the regions of which there may be copies: one that was removed while no process ran must be missed, too. It waits for the own
+// database as long as it must.
+func (c *ControllerNode) copyOwners(ctx context.Context) (map[string]bool, error) {
+	for retry := (backoff{}); ; {
+		regions, err := c.cfg.Target.CopyOwners(ctx, c.cfg.Service)
+		if err == nil {
+			known := map[string]bool{}
+			for _, r := range regions {
+				known[r] = true
+			}
+			return known, nil
+		}
+		c.cfg.Logger.Warn("the owners of copies cannot be read yet", "error", err)
+		if !retry.sleep(ctx) {
+			return nil, ctx.Err()
+		}
+	}
 }
 
 // UpdateShardRange makes shards the range that the node serves, and returns when nothing works on other shards any more, or with ctx's error.
@@ -178,7 +202,7 @@ func (c *ControllerNode) reconcile() (stopped []<-chan struct{}) {
 		if !d.Disabled && !own.Disabled && c.shards.From < c.shards.To {
 			wanted[d.Region] = plan{
 				deployment: d,
-				suspended:  own.Suspends("", d.Region) || d.Suspends("", c.cfg.Region),
+				suspended:  own.Suspends(d.Region),
 				ranges:     subranges(c.shards, c.cfg.MaxShardsPerNode),
 			}
 		}
@@ -253,7 +277,7 @@ func subranges(shards feed.Range, width int) []feed.Range {
 	if width <= 0 {
 		return []feed.Range{shards}
 	}
-	w := int32(min(width, 1<<30)) //nolint:gosec // bounded
+	w := int32(min(width, 1<<30))
 	var cut []feed.Range
 	for from := shards.From; from < shards.To; {
 		to := min((from/w+1)*w, shards.To)

@@ -20,6 +20,8 @@ type Target interface {
 	// LoadCursor returns the zero cursor when there is none for all the shards.
 	LoadCursor(ctx context.Context, service, region string, shards feed.Range) (feed.Cursor, error)
 	SaveCursor(ctx context.Context, service, region string, shards feed.Range, c feed.Cursor) error
+	// CopyOwners lists the regions of which rows have ever been written.
+	CopyOwners(ctx context.Context, service string) ([]string, error)
 	// DropCopies deletes up to limit copies of owner's rows and returns how many.
 	DropCopies(ctx context.Context, service, owner string, limit int) (int, error)
 	// Quarantine lists rows that could not be applied, and says how many there are.

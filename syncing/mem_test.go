@@ -186,6 +186,8 @@ func (o *memOwner) Ping(ctx context.Context) (time.Time, error) {
 	return time.Now().Add(o.ahead), nil
 }
 
+func (o *memOwner) Close() {}
+
 func (o *memOwner) now() feed.Cursor {
 	return feed.Cursor{Epoch: o.epoch, Snapshot: feed.Snapshot{Xmin: o.change + 1, Xmax: o.change + 1}}
 }
@@ -302,7 +304,10 @@ func (o *memOwner) Versions(ctx context.Context, shards []int32) iter.Seq2[NameV
 			yield(NameVersion{}, err)
 			return
 		}
-		for nv := range sortedList(o.live()) {
+		for nv, err := range sortedList(o.live()) {
+			if err != nil {
+				panic(err) // it has none
+			}
 			if slices.Contains(shards, int32(descriptor.Shard(nv.Name, memRing))) && !yield(nv, nil) {
 				return
 			}
@@ -392,7 +397,10 @@ func (t *memTarget) CopyDigests(_ context.Context, shards feed.Range, owner stri
 }
 
 func (t *memTarget) CopyVersions(_ context.Context, shards []int32, owner string, emit func(string, store.Version) error) error {
-	for nv := range sortedList(t.live(owner)) {
+	for nv, err := range sortedList(t.live(owner)) {
+		if err != nil {
+			return err
+		}
 		if slices.Contains(shards, int32(descriptor.Shard(nv.Name, memRing))) {
 			if err := emit(nv.Name, nv.Version); err != nil {
 				return err
@@ -506,6 +514,15 @@ func (t *memTarget) SaveCursor(_ context.Context, _, region string, shards feed.
 	defer t.mu.Unlock()
 	t.cursors[region+shards.String()] = c
 	return nil
+}
+
+func (t *memTarget) CopyOwners(context.Context, string) ([]string, error) {
+	if err := t.fails("owners"); err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Compact(slices.Sorted(maps.Values(t.owner))), nil
 }
 
 func (t *memTarget) DropCopies(_ context.Context, _, owner string, limit int) (int, error) {

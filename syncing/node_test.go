@@ -305,10 +305,26 @@ func TestDeploymentsComeAndGo(t *testing.T) {
 	})
 }
 
+func TestOwnerRemovedWhileNoProcessRan(t *testing.T) {
+	bubble(t, func(w *world) { w.owners["ap"] = newMemOwner("ap"); w.owners["ap"].save("ap/1", "ap/2") }, func(t *testing.T, w *world) {
+		w.declare("eu", "ap")
+		w.settle(5*time.Second, "eu", "ap")
+		w.stop()
+		w.declare("eu")
+		w.start()
+		time.Sleep(25 * time.Hour)
+		synctest.Wait()
+		if got := len(w.target.live("ap")); got != 0 {
+			t.Errorf("%d copies after the grace period, want none", got)
+		}
+		w.settle(5*time.Second, "eu")
+	})
+}
+
 func TestSuspendedKeepsContactAndClocks(t *testing.T) {
 	bubble(t, nil, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
-		w.declareWith(func(d *v1alpha1.Deployment) { d.Spec.Suspend = d.Spec.Region == "eu" }, "eu")
+		w.declareWith(func(d *v1alpha1.Deployment) { d.Spec.SuspendScopes = []v1alpha1.SuspendScope{{PeerRegion: "eu"}} }, "eu")
 		time.Sleep(10 * time.Second)
 		w.owners["eu"].save(book(1))
 		time.Sleep(time.Minute)

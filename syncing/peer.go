@@ -125,6 +125,7 @@ func (p *peer) run(ctx context.Context, plan plan, nodes map[feed.Range]*remoteN
 	if !ok {
 		return
 	}
+	defer source.Close()
 	p.ping(ctx, source) // so that the first frame's age is known
 	var running sync.WaitGroup
 	defer running.Wait()

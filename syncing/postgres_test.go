@@ -159,9 +159,7 @@ func (r *region) sync(edit func(*syncing.Config)) (node *syncing.ControllerNode,
 			if r.world.ca != nil {
 				source = r.world.certificate(r.name)
 			}
-			t := syncing.NewTransport(source, identity(d.Region), nil)
-			DeferCleanup(t.CloseIdleConnections)
-			return syncing.NewSource(t, d.Endpoint, syncing.Peer{Service: service, ForRegion: r.name, OfRegion: d.Region, Version: "v1", Ring: ring}), nil
+			return syncing.NewSource(syncing.NewTransport(source, identity(d.Region), nil), d.Endpoint, syncing.Peer{Service: service, ForRegion: r.name, OfRegion: d.Region, Version: "v1", Ring: ring}), nil
 		},
 	}
 	if edit != nil {
@@ -260,7 +258,7 @@ func difference(copies, owner *region) func() (string, error) {
 		if err != nil {
 			return "", err
 		}
-		missing, different, extra := 0, 0, 0
+		missing, different := 0, 0
 		for name, content := range want {
 			switch have, ok := got[name]; {
 			case !ok:
@@ -270,8 +268,7 @@ func difference(copies, owner *region) func() (string, error) {
 			}
 			delete(got, name)
 		}
-		extra = len(got)
-		if missing+different+extra > 0 {
+		if extra := len(got); missing+different+extra > 0 {
 			return fmt.Sprintf("%d of %d missing, %d different, %d extra", missing, len(want), different, extra), nil
 		}
 		return "", nil

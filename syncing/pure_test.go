@@ -31,7 +31,7 @@ func list(pairs ...NameVersion) iter.Seq2[NameVersion, error] {
 
 func broken(err error, pairs ...NameVersion) iter.Seq2[NameVersion, error] {
 	return func(yield func(NameVersion, error) bool) {
-		for p := range list(pairs...) {
+		for _, p := range pairs {
 			if !yield(p, nil) {
 				return
 			}

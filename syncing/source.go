@@ -39,6 +39,8 @@ type Source interface {
 	Fetch(ctx context.Context, names []string) iter.Seq2[Chunk, error]
 	// FetchShards yields all rows of the shards that this region should hold.
 	FetchShards(ctx context.Context, shards feed.Range) iter.Seq2[Chunk, error]
+	// Close gives connections back. It is called when nothing uses the source any more.
+	Close()
 }
 
 // Chunk is a number of whole rows as tuples of package row.
@@ -161,20 +163,25 @@ type Peer struct {
 	Ring      int
 }
 
-// NewSource returns the Source of a Deployment's API server at endpoint, over transport.
+// NewSource returns the Source of a Deployment's API server at endpoint, over transport, whose idle connections its Close closes.
 func NewSource(transport http.RoundTripper, endpoint string, peer Peer) Source {
+	c := &http.Client{Transport: transport}
 	return &client{
-		feed: dbcontrollerv1connect.NewFeedClient(&http.Client{Transport: transport}, endpoint,
+		http: c,
+		feed: dbcontrollerv1connect.NewFeedClient(c, endpoint,
 			connect.WithGRPC(), connect.WithReadMaxBytes(maxMessage)),
 		peer: &v1.Peer{Service: peer.Service, ForRegion: peer.ForRegion, OfRegion: peer.OfRegion, Version: peer.Version,
-			Layout: row.Layout, Ring: int32(peer.Ring)}, //nolint:gosec // a ring is at most 65536
+			Layout: row.Layout, Ring: int32(peer.Ring)},
 	}
 }
 
 type client struct {
+	http *http.Client
 	feed dbcontrollerv1connect.FeedClient
 	peer *v1.Peer
 }
+
+func (c *client) Close() { c.http.CloseIdleConnections() }
 
 func (c *client) Ping(ctx context.Context) (time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
@@ -221,7 +228,7 @@ func (c *client) Digest(ctx context.Context, shards feed.Range) ([]postgres.Shar
 	}
 	digests := make([]postgres.ShardDigest, len(r.Msg.GetDigests()))
 	for i, d := range r.Msg.GetDigests() {
-		digests[i] = postgres.ShardDigest{Shard: d.GetShard(), Count: d.GetCount(), Hash: int64(d.GetHash())} //nolint:gosec // 64 bits
+		digests[i] = postgres.ShardDigest{Shard: d.GetShard(), Count: d.GetCount(), Hash: int64(d.GetHash())}
 	}
 	return digests, r.Msg.GetEpoch(), nil
 }
@@ -283,7 +290,7 @@ func stream[T any](ctx context.Context, op string, silence time.Duration,
 		watchdog := time.AfterFunc(silence, func() { cancel(silent) })
 		defer watchdog.Stop()
 		fail := func(err error) {
-			if context.Cause(ctx) == silent {
+			if errors.Is(context.Cause(ctx), silent) {
 				yield(nil, &SourceError{Unreachable, op, silent})
 				return
 			}

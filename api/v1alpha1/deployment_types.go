@@ -76,7 +76,8 @@ type DeploymentSpec struct {
 
 	// SuspendScopes pauses parts of the syncing into this Deployment.
 	// +optional
-	// +listType=atomic
+	// +listType=map
+	// +listMapKey=peerRegion
 	// +kubebuilder:validation:MaxItems=64
 	SuspendScopes []SuspendScope `json:"suspendScopes,omitempty"`
 
@@ -128,20 +129,12 @@ type SecretRef struct {
 	Name string `json:"name"`
 }
 
-// SuspendScope is a part of the syncing into a Deployment. A field that is not set matches everything.
-// +kubebuilder:validation:XValidation:rule="has(self.resourceType) || has(self.peerRegion)",message="a suspend scope must name a resourceType or a peerRegion: to pause everything set spec.suspend"
+// SuspendScope is a part of the syncing into a Deployment. To pause everything set spec.suspend.
 type SuspendScope struct {
-	// ResourceType is the type whose copies are paused, for example Package.
-	// +optional
-	// +kubebuilder:validation:MaxLength=63
-	// +kubebuilder:validation:Pattern=`^[A-Z][A-Za-z0-9]*$`
-	ResourceType string `json:"resourceType,omitempty"`
-
 	// PeerRegion is the region from which copies are paused.
-	// +optional
 	// +kubebuilder:validation:MaxLength=30
 	// +kubebuilder:validation:Pattern=`^[a-z]([-a-z0-9]*[a-z0-9])?$`
-	PeerRegion string `json:"peerRegion,omitempty"`
+	PeerRegion string `json:"peerRegion"`
 }
 
 // DeploymentStatus is what the controller of the Deployment's region observes.

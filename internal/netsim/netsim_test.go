@@ -199,7 +199,7 @@ func TestCutIsSilentAndHeals(t *testing.T) {
 
 			l.Heal()
 			expect(t, before, "b")
-			if _, err := before.Read(make([]byte, 1)); err != io.EOF {
+			if _, err := before.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 				t.Errorf("read = %v, want the end", err)
 			}
 			expect(t, during, "c")

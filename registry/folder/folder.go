@@ -69,9 +69,10 @@ type Source struct {
 	secrets  atomic.Pointer[map[id]map[string][]byte]
 
 	// Of the goroutine in Run alone:
-	files    map[string]file // as last read, by name
-	known    map[id]object   // what is in force
-	problems []registry.Problem
+	files    map[string]file    // as last read, by name
+	known    map[id]object      // what is in force
+	found    []registry.Problem // when the folder was last read
+	problems []registry.Problem // as last reported
 }
 
 // New returns a source that does nothing before Run.
@@ -140,8 +141,7 @@ func (s *Source) Run(ctx context.Context) error {
 		}
 		settled = nil
 		if err := s.read(); err != nil {
-			s.report(append(slices.DeleteFunc(slices.Clone(s.problems), func(p registry.Problem) bool { return p.Origin == s.cfg.Dir }),
-				registry.Problem{Reason: registry.InvalidManifest, Origin: s.cfg.Dir, Message: err.Error()}))
+			s.apply(append(slices.Clone(s.found), registry.Problem{Reason: registry.InvalidManifest, Origin: s.cfg.Dir, Message: err.Error()}))
 		}
 	}
 }
@@ -185,7 +185,7 @@ func (s *Source) read() error {
 			}
 		}
 	}
-	s.files, s.known = files, known
+	s.files, s.known, s.found = files, known, problems
 	s.apply(problems)
 	return nil
 }

@@ -7,8 +7,8 @@ import (
 	"fmt"
 	"time"
 
-	. "github.com/onsi/ginkgo/v2"
-	. "github.com/onsi/gomega"
+	. "github.com/onsi/ginkgo/v2" //nolint:staticcheck // the language of specs, as in _test files
+	. "github.com/onsi/gomega"    //nolint:staticcheck // the same
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -104,12 +104,12 @@ func Behaves(kind string, open func(ctx context.Context) Source) bool {
 
 			By("changing the Deployment")
 			eu.Spec.Endpoint = "https://other.example.com"
-			eu.Spec.SuspendScopes = []v1alpha1.SuspendScope{{ResourceType: "Package", PeerRegion: "us"}}
+			eu.Spec.SuspendScopes = []v1alpha1.SuspendScope{{PeerRegion: "us"}}
 			source.Put(ctx, eu)
 			changed := receive[registry.DeploymentSetEvent](events)
 			Expect(changed.Deployment.Endpoint).To(Equal("https://other.example.com"))
-			Expect(changed.Deployment.Suspends("Package", "us")).To(BeTrue())
-			Expect(changed.Deployment.Suspends("Package", "ap")).To(BeFalse())
+			Expect(changed.Deployment.Suspends("us")).To(BeTrue())
+			Expect(changed.Deployment.Suspends("ap")).To(BeFalse())
 			Expect(changed.Previous).To(HaveValue(Equal(added.Deployment)))
 
 			By("changing the service")

@@ -63,7 +63,7 @@ const mergeSQL = `
 		block_deletion = excluded.block_deletion, create_time = excluded.create_time, update_time = excluded.update_time, delete_time = excluded.delete_time,
 		meta = excluded.meta, body = excluded.body
 	WHERE t.owning_region = excluded.owning_region AND ((t.epoch, t.resource_version) < (excluded.epoch, excluded.resource_version)
-		OR t.epoch < $1 AND (t.epoch, t.resource_version, t.uuid) <> (excluded.epoch, excluded.resource_version, excluded.uuid))`
+		OR t.epoch < $1 AND (t.epoch, t.resource_version, t.uuid, t.state) <> (excluded.epoch, excluded.resource_version, excluded.uuid, excluded.state))`
 
 const disputedSQL = `
 	INSERT INTO ctl.quarantine AS q (version, name, source_region, epoch, resource_version, cause)
@@ -352,6 +352,16 @@ func (s *Store) DropCopies(ctx context.Context, service, owner string, limit int
 		s.hub.Committed()
 	}
 	return int(n), wrap(err, "drop copies of %s", owner)
+}
+
+// CopyOwners returns the peers of which this database has ever taken rows.
+func (s *Store) CopyOwners(ctx context.Context, service string) ([]string, error) {
+	rows, err := s.pool.Query(ctx, "SELECT region FROM ctl.peer_epoch WHERE service = $1 ORDER BY region", service)
+	if err != nil {
+		return nil, wrap(err, "list owners of copies")
+	}
+	regions, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	return regions, wrap(err, "list owners of copies")
 }
 
 // LoadCursor returns up to where the copies of a peer's shards are complete: what all stored ranges that overlap have in common. It is zero

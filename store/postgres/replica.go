@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -30,7 +29,7 @@ const ownedHere = ` AND owning_region = (SELECT region FROM ctl.deployment_state
 // Digests returns, ordered by shard, the digests of the owned rows that region should hold, and the epoch in which they were read. Shards
 // without a row are left out.
 func (s *Store) Digests(ctx context.Context, shards feed.Range, region string) (digests []ShardDigest, epoch int64, err error) {
-	err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+	err = s.scan(ctx, func(tx pgx.Tx) error {
 		if err := tx.QueryRow(ctx, "SELECT epoch FROM ctl.feed_epoch").Scan(&epoch); err != nil {
 			return err
 		}
@@ -42,8 +41,22 @@ func (s *Store) Digests(ctx context.Context, shards feed.Range, region string) (
 
 // CopyDigests returns the digests of the copies held here of owner's rows.
 func (s *Store) CopyDigests(ctx context.Context, shards feed.Range, owner string) ([]ShardDigest, error) {
-	digests, err := collectDigests(s.pool.Query(ctx, digestSQL+" AND owning_region = $1 GROUP BY shard ORDER BY shard", owner, shards.From, shards.To))
+	var digests []ShardDigest
+	err := s.scan(ctx, func(tx pgx.Tx) (err error) {
+		digests, err = collectDigests(tx.Query(ctx, digestSQL+" AND owning_region = $1 GROUP BY shard ORDER BY shard", owner, shards.From, shards.To))
+		return err
+	})
 	return digests, wrap(err, "digest copies of %s in shards %v", owner, shards)
+}
+
+// scan runs do in a read-only snapshot in which reading a table from end to end is allowed.
+func (s *Store) scan(ctx context.Context, do func(pgx.Tx) error) error {
+	return pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "SET LOCAL enable_seqscan = on"); err != nil {
+			return err
+		}
+		return do(tx)
+	})
 }
 
 func collectDigests(rows pgx.Rows, err error) ([]ShardDigest, error) {
@@ -66,13 +79,16 @@ func (s *Store) CopyVersions(ctx context.Context, shards []int32, owner string, 
 }
 
 func (s *Store) versions(ctx context.Context, sql string, args []any, emit func(string, store.Version) error) error {
-	rows, err := s.pool.Query(ctx, sql, args...)
-	if err != nil {
-		return wrap(err, "read versions")
-	}
-	var name string
-	var v store.Version
-	_, err = pgx.ForEachRow(rows, []any{&name, &v.Epoch, &v.Number}, func() error { return emit(name, v) })
+	err := s.scan(ctx, func(tx pgx.Tx) error {
+		rows, err := tx.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		var name string
+		var v store.Version
+		_, err = pgx.ForEachRow(rows, []any{&name, &v.Epoch, &v.Number}, func() error { return emit(name, v) })
+		return err
+	})
 	return wrap(err, "read versions")
 }
 
@@ -85,19 +101,25 @@ func (s *Store) FetchNames(ctx context.Context, names []string, region string, e
 	if len(names) > MaxFetch {
 		return store.Invalid("names", "has more than 5000 entries: ask in several calls")
 	}
-	sorted := slices.Sorted(slices.Values(names))
-	return s.tuples(ctx, "SELECT "+row.Wire+" FROM resources WHERE name = ANY ($2)"+ownedHere+" AND "+row.Concerns, []any{row.RegionKeys(region), sorted}, emit)
+	err := emitTuples(ctx, s.pool, emit, "SELECT "+row.Wire+" FROM resources WHERE name = ANY ($2)"+ownedHere+" AND "+row.Concerns, row.RegionKeys(region), names)
+	return wrap(err, "fetch rows by name")
 }
 
 // FetchShards emits every live row of the shards that region should hold.
 func (s *Store) FetchShards(ctx context.Context, shards feed.Range, region string, emit func(tuple []byte) error) error {
-	return s.tuples(ctx, "SELECT "+row.Wire+" FROM resources WHERE shard >= $2 AND shard < $3"+ownedHere+" AND "+row.Held, []any{row.RegionKeys(region), shards.From, shards.To}, emit)
+	err := s.scan(ctx, func(tx pgx.Tx) error {
+		return emitTuples(ctx, tx, emit, "SELECT "+row.Wire+" FROM resources WHERE shard >= $2 AND shard < $3"+ownedHere+" AND "+row.Held,
+			row.RegionKeys(region), shards.From, shards.To)
+	})
+	return wrap(err, "fetch rows of shards %v", shards)
 }
 
-func (s *Store) tuples(ctx context.Context, sql string, args []any, emit func([]byte) error) error {
-	rows, err := s.pool.Query(ctx, sql, args...)
+func emitTuples(ctx context.Context, db interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}, emit func([]byte) error, sql string, args ...any) error {
+	rows, err := db.Query(ctx, sql, args...)
 	if err != nil {
-		return wrap(err, "fetch rows")
+		return err
 	}
 	defer rows.Close()
 	var buf []byte
@@ -107,5 +129,5 @@ func (s *Store) tuples(ctx context.Context, sql string, args []any, emit func([]
 			return err
 		}
 	}
-	return wrap(rows.Err(), "fetch rows")
+	return rows.Err()
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,39 +26,48 @@ const fenceSQL = `SELECT pg_advisory_xact_lock_shared($1, $2)`
 
 const lockRowsSQL = `SELECT FROM resources WHERE name = ANY ($1) ORDER BY name FOR UPDATE`
 
-// writeSQL judges all rows against the stored ones and, if none is refused, writes those that differ. The guard of ON CONFLICT is what finds
-// a concurrent write that the snapshot does not show; ctl.conflict then aborts the transaction.
-const writeSQL = `
+// writeSQL judges all rows against the stored ones and, if none is refused, writes those that differ. It returns a row for each name that it wrote,
+// refused or left as it was. A concurrent write that the snapshot does not show is found by the guard of ON CONFLICT, where ctl.conflict aborts
+// the transaction. The arrays come through subqueries so that their lengths look the same in every plan: only then does the server keep one generic plan, whose
+// making costs several times its execution. OFFSET 0 keeps the planner from reading the whole table while it still believes it to be small.
+const (
+	batchWriteSQL = `
 WITH input AS MATERIALIZED (
-	SELECT ord, name, type, op, id, shard, NULLIF(owning_region, '') AS owning_region, regions::text[] AS regions, meta::jsonb AS meta, body::jsonb AS body,
-		if_epoch, if_number, allow_missing
-	FROM unnest($1::text[], $2::text[], $3::int[], $4::uuid[], $5::int[], $6::text[], $7::text[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::bool[])
-		WITH ORDINALITY AS i (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing, ord)
-), here AS MATERIALIZED (
-	SELECT e.epoch, h.floor, d.region AS self, d.writable_version = $13 AS writable FROM ctl.feed_epoch e, horizon h, ctl.deployment_state d
-), judged AS MATERIALIZED (
-	SELECT i.ord, i.name, i.op, i.id, i.shard, i.meta, i.body, here.self, coalesce(i.type, r.type) AS type,
-		coalesce(i.owning_region, here.self) AS owning_region, coalesce(i.regions, ARRAY[here.self]) AS regions,
-		greatest(here.epoch, r.epoch) AS epoch, coalesce(r.resource_version, here.floor) AS version,
+	SELECT name, type, op, id, shard, owning_region, regions::text[] AS regions, meta::jsonb AS meta, body::jsonb AS body, if_epoch, if_number, allow_missing
+	FROM unnest((SELECT $2::text[]), (SELECT $3::text[]), (SELECT $4::int[]), (SELECT $5::uuid[]), (SELECT $6::int[]), (SELECT $7::text[]), (SELECT $8::text[]),
+			(SELECT $9::text[]), (SELECT $10::text[]), (SELECT $11::bigint[]), (SELECT $12::bigint[]), (SELECT $13::bool[]))
+		AS i (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing)
+), ` + judgeAndWriteSQL
+
+	singleWriteSQL = `
+WITH input (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing) AS (
+	VALUES ($2::text, $3::text, $4::int, $5::uuid, $6::int, $7::text, $8::text::text[], $9::jsonb, $10::jsonb, $11::bigint, $12::bigint, $13::bool)
+), ` + judgeAndWriteSQL
+
+	judgeAndWriteSQL = `judged AS MATERIALIZED (
+	SELECT i.name, i.op, i.id, i.shard, i.meta, i.body, d.region AS self, coalesce(i.type, r.type) AS type,
+		coalesce(i.owning_region, d.region) AS owning_region, coalesce(i.regions, ARRAY[d.region]) AS regions,
+		greatest((SELECT epoch FROM ctl.feed_epoch), r.epoch) AS epoch, coalesce(r.resource_version, (SELECT floor FROM horizon)) AS version,
 		r.name IS NOT NULL AS found, coalesce(r.state <> 2, false) AS live,
 		r.type AS old_type, r.uuid AS old_uuid, r.epoch AS old_epoch, r.resource_version AS old_version, r.generation AS old_generation,
 		r.owning_region AS old_owner, r.regions AS old_regions, r.left_regions AS old_left, r.state AS old_state, r.block_deletion,
 		r.create_time, r.update_time, r.delete_time,
 		r.body IS NOT DISTINCT FROM i.body AS same_body,
 		CASE
-			WHEN NOT here.writable THEN 'frozen'
-			WHEN coalesce(i.owning_region, here.self) <> here.self THEN 'misrouted'
-			WHEN r.state <> 2 AND r.owning_region <> here.self THEN 'copy'
+			WHEN d.writable_version <> $1 THEN 'frozen'
+			WHEN i.owning_region <> d.region THEN 'misrouted'
+			WHEN r.state <> 2 AND r.owning_region <> d.region THEN 'copy'
 			WHEN i.if_number > 0 AND (r.state <> 2 AND (r.epoch, r.resource_version) = (i.if_epoch, i.if_number)) IS NOT TRUE THEN 'changed'
 			WHEN i.op = 1 AND r.state <> 2 THEN 'exists'
 			WHEN i.op IN (2, 4) AND (r.state <> 2) IS NOT TRUE THEN CASE WHEN i.allow_missing THEN 'absent' ELSE 'missing' END
 			WHEN i.op = 4 AND r.block_deletion THEN 'blocked'
 			WHEN i.op <> 4 AND r.state = 1 THEN 'deleting'
 			WHEN i.op <> 4 AND r.state = 0 AND r.type = i.type AND r.meta = i.meta AND r.body = i.body
-				AND r.regions = coalesce(i.regions, ARRAY[here.self]) THEN 'same'
+				AND r.regions = coalesce(i.regions, ARRAY[d.region]) THEN 'same'
 			ELSE 'write'
 		END AS outcome
-	FROM input i CROSS JOIN here LEFT JOIN resources r ON r.name = i.name
+	FROM input i CROSS JOIN ctl.deployment_state d
+		LEFT JOIN LATERAL (SELECT * FROM resources WHERE name = i.name OFFSET 0) r ON true
 ), written AS (
 	INSERT INTO resources AS t (name, type, uuid, epoch, resource_version, generation, shard, owning_region, regions, left_regions, state,
 		create_time, update_time, delete_time, meta, body)
@@ -70,24 +80,21 @@ WITH input AS MATERIALIZED (
 		CASE WHEN op = 4 THEN '{}' ELSE meta END, CASE WHEN op = 4 THEN NULL ELSE body END
 	FROM judged
 	WHERE outcome = 'write' AND NOT EXISTS (SELECT FROM judged WHERE outcome NOT IN ('write', 'same', 'absent'))
-	ORDER BY name
 	ON CONFLICT (name) DO UPDATE SET type = excluded.type, uuid = excluded.uuid, epoch = excluded.epoch, resource_version = excluded.resource_version,
 		generation = excluded.generation, change = pg_current_xact_id(), owning_region = excluded.owning_region, regions = excluded.regions,
 		left_regions = excluded.left_regions, state = excluded.state, block_deletion = false, create_time = excluded.create_time,
 		update_time = excluded.update_time, delete_time = excluded.delete_time, meta = excluded.meta, body = excluded.body
-	WHERE (t.epoch, t.resource_version) < (excluded.epoch, excluded.resource_version)
-	RETURNING t.name, t.uuid, t.epoch, t.resource_version, t.generation, t.owning_region, t.regions, t.state, t.create_time, t.update_time, t.delete_time
+	WHERE CASE WHEN (t.epoch, t.resource_version) < (excluded.epoch, excluded.resource_version) THEN true ELSE ctl.conflict(t.name) IS NULL END
+	RETURNING t.name, t.type, t.uuid, t.epoch, t.resource_version, t.generation, t.owning_region, t.regions, t.state, t.create_time, t.update_time, t.delete_time
 )
-SELECT CASE WHEN j.outcome <> 'write' THEN j.outcome
-		WHEN w.name IS NOT NULL THEN 'write'
-		WHEN EXISTS (SELECT FROM judged WHERE outcome NOT IN ('write', 'same', 'absent')) THEN 'stopped'
-		ELSE ctl.conflict(j.name) END,
-	coalesce(j.type, ''), coalesce(w.uuid, j.old_uuid, j.id), coalesce(w.epoch, j.old_epoch, 0), coalesce(w.resource_version, j.old_version, 0),
-	coalesce(w.generation, j.old_generation, 0), coalesce(w.owning_region, j.old_owner, j.owning_region), coalesce(w.regions, j.old_regions, '{}'),
-	coalesce(w.state, j.old_state, 0), coalesce(j.block_deletion AND j.live, false),
-	coalesce(w.create_time, j.create_time, now()), coalesce(w.update_time, j.update_time, now()), coalesce(w.delete_time, CASE WHEN w.name IS NULL THEN j.delete_time END)
-FROM judged j LEFT JOIN written w ON w.name = j.name
-ORDER BY j.ord`
+SELECT 'write', name, type, uuid, epoch, resource_version, generation, owning_region, regions, state, false, create_time, update_time, delete_time
+FROM written
+UNION ALL
+SELECT outcome, name, coalesce(type, ''), coalesce(old_uuid, id), coalesce(old_epoch, 0), coalesce(old_version, 0), coalesce(old_generation, 0),
+	coalesce(old_owner, owning_region), coalesce(old_regions, '{}'), coalesce(old_state, 0::smallint), coalesce(block_deletion, false),
+	coalesce(create_time, now()), coalesce(update_time, now()), delete_time
+FROM judged WHERE outcome <> 'write'`
+)
 
 // BatchWrite implements store.Writer.
 func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.Result, error) {
@@ -144,16 +151,17 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 	if err != nil {
 		return nil, err
 	}
-	args, err := s.inputs(whole)
+	// In the order of names: transactions that write the same rows must lock them in the same order.
+	sql, args, err := s.statement(slices.SortedFunc(slices.Values(whole), func(a, b store.Write) int { return strings.Compare(a.Name, b.Name) }))
 	if err != nil {
 		return nil, err
 	}
 	var b pgx.Batch // without an explicit BEGIN a batch is one implicit transaction, committed by its one round trip
 	b.Queue(fenceSQL, lockClass, lockFence)
 	if lockFirst {
-		b.Queue(lockRowsSQL, args[0])
+		b.Queue(lockRowsSQL, names(whole))
 	}
-	b.Queue(writeSQL, args...)
+	b.Queue(sql, args...)
 
 	br := s.pool.SendBatch(ctx, &b)
 	results, err := readResults(br, whole, lockFirst)
@@ -210,28 +218,30 @@ func (s *Store) unmask(ctx context.Context, writes []store.Write) (whole []store
 	return whole, merged, nil
 }
 
-// inputs are the parameters of writeSQL.
-func (s *Store) inputs(writes []store.Write) ([]any, error) {
+// statement returns the statement for writes and its parameters.
+func (s *Store) statement(writes []store.Write) (sql string, args []any, err error) {
 	n := len(writes)
 	names, types, ids := make([]string, n), make([]*string, n), make([]uuid.UUID, n)
 	ops, shards := make([]int32, n), make([]int32, n)
-	owners, regions, metas, bodies := make([]string, n), make([]*string, n), make([]*string, n), make([]*string, n)
+	owners, regions, metas, bodies := make([]*string, n), make([]*string, n), make([]*string, n), make([]*string, n)
 	ifEpoch, ifNumber, allow := make([]int64, n), make([]int64, n), make([]bool, n)
 	for i, w := range writes {
 		names[i], ops[i] = w.Name, int32(w.Op)
 		shards[i] = int32(descriptor.Shard(w.Name, s.cfg.Ring)) //nolint:gosec // below the ring size
-		owners[i] = w.OwningRegion
+		if w.OwningRegion != "" {
+			owners[i] = &w.OwningRegion
+		}
 		ifEpoch[i], ifNumber[i], allow[i] = w.IfVersion.Epoch, w.IfVersion.Number, w.AllowMissing
 		if w.Op == store.Delete {
 			continue
 		}
 		id, err := uuid.NewV7()
 		if err != nil {
-			return nil, fmt.Errorf("make a uuid for %s: %w", w.Name, err)
+			return "", nil, fmt.Errorf("make a uuid for %s: %w", w.Name, err)
 		}
 		meta, err := json.Marshal(w.Meta)
 		if err != nil {
-			return nil, fmt.Errorf("encode metadata of %s: %w", w.Name, err)
+			return "", nil, fmt.Errorf("encode metadata of %s: %w", w.Name, err)
 		}
 		ids[i], types[i] = id, &w.Type
 		metas[i], bodies[i] = ptr(string(meta)), ptr("{}")
@@ -242,7 +252,18 @@ func (s *Store) inputs(writes []store.Write) ([]any, error) {
 			regions[i] = ptr(arrayLiteral(w.Regions))
 		}
 	}
-	return []any{names, types, ops, ids, shards, owners, regions, metas, bodies, ifEpoch, ifNumber, allow, s.cfg.Version}, nil
+	if n == 1 {
+		return singleWriteSQL, []any{s.cfg.Version, names[0], types[0], ops[0], ids[0], shards[0], owners[0], regions[0], metas[0], bodies[0], ifEpoch[0], ifNumber[0], allow[0]}, nil
+	}
+	return batchWriteSQL, []any{s.cfg.Version, names, types, ops, ids, shards, owners, regions, metas, bodies, ifEpoch, ifNumber, allow}, nil
+}
+
+func names(writes []store.Write) []string {
+	names := make([]string, len(writes))
+	for i, w := range writes {
+		names[i] = w.Name
+	}
+	return names
 }
 
 func ptr[T any](v T) *T { return &v }
@@ -279,15 +300,17 @@ func readResults(br pgx.BatchResults, writes []store.Write, lockFirst bool) ([]s
 		return nil, err
 	}
 	defer rows.Close()
-	results := make([]store.Result, 0, len(writes))
-	var refused error
+	type judged struct {
+		outcome  string
+		resource *store.Resource
+	}
+	byName := make(map[string]judged, len(writes))
 	for rows.Next() {
-		w := writes[len(results)]
-		r := &store.Resource{Name: w.Name, Meta: w.Meta, Body: w.Body}
+		r := new(store.Resource)
 		var outcome string
 		var state int16
 		var deleted *time.Time
-		err := rows.Scan(&outcome, &r.Type, &r.UUID, &r.Version.Epoch, &r.Version.Number, &r.Generation, &r.OwningRegion, &r.Regions, &state, &r.BlockDeletion,
+		err := rows.Scan(&outcome, &r.Name, &r.Type, &r.UUID, &r.Version.Epoch, &r.Version.Number, &r.Generation, &r.OwningRegion, &r.Regions, &state, &r.BlockDeletion,
 			&r.CreateTime, &r.UpdateTime, &deleted)
 		if err != nil {
 			return nil, err
@@ -296,21 +319,32 @@ func readResults(br pgx.BatchResults, writes []store.Write, lockFirst bool) ([]s
 		if deleted != nil {
 			r.DeleteTime = *deleted
 		}
-		if len(r.Body) == 0 && w.Op != store.Delete {
-			r.Body = json.RawMessage("{}")
-		}
-		if refused == nil {
-			refused = refusal(outcome, w, r)
-		}
-		if outcome == "absent" {
-			r = nil
-		}
-		results = append(results, store.Result{Resource: r, Changed: outcome == "write"})
+		byName[r.Name] = judged{outcome, r}
 	}
 	if err := rows.Err(); err != nil {
 		return nil, err
 	}
-	return results, refused
+	results := make([]store.Result, len(writes))
+	for i, w := range writes {
+		j, ok := byName[w.Name]
+		if !ok {
+			continue // would have been written, but another one was refused
+		}
+		if err := refusal(j.outcome, w, j.resource); err != nil {
+			return nil, err
+		}
+		if j.outcome == "absent" {
+			continue
+		}
+		if w.Op != store.Delete {
+			j.resource.Meta, j.resource.Body = w.Meta, w.Body
+			if len(w.Body) == 0 {
+				j.resource.Body = json.RawMessage("{}")
+			}
+		}
+		results[i] = store.Result{Resource: j.resource, Changed: j.outcome == "write"}
+	}
+	return results, nil
 }
 
 // refusal is the error for an outcome of writeSQL, nil for those that are none.

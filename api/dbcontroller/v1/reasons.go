@@ -1,3 +1,4 @@
+// Package dbcontrollerv1 is the wire protocol of db-controller: Resources for users, Feed for other regions.
 package dbcontrollerv1
 
 // What both ends of the protocol must spell alike, besides the messages.

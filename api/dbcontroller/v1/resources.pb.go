@@ -708,6 +708,7 @@ type UpdateRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Resource *Resource              `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
 	// Paths are relative to the resource: body fields as they are (description, spec.size), metadata.labels, metadata.annotations, metadata.tags. Empty or "*": replace everything.
+	// The JSON form of a FieldMask turns maxSize into max_size: for body fields in camelCase use REST, whose masks are taken as they are, or protobuf.
 	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	AllowMissing  bool                   `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
 	ValidateOnly  bool                   `protobuf:"varint,4,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
@@ -1130,7 +1131,8 @@ func (x *WatchRequest) GetFilter() string {
 type WatchResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Changes []*Change              `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
-	// Set at the end of a consistent batch; the first one closes the snapshot.
+	// Set at the end of a consistent batch; the first one closes the snapshot. After a resume the first one comes at once, perhaps without
+	// changes, and a watch without changes sends one now and then: keep the latest. A set may repeat what is known, a removed may name what is not.
 	ResumeToken string `protobuf:"bytes,2,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
 	// The token sent was lost (epoch or retention): forget everything; a new snapshot follows.
 	Reset_        bool `protobuf:"varint,3,opt,name=reset,proto3" json:"reset,omitempty"`

@@ -56,14 +56,15 @@ CREATE FUNCTION current_timeline() RETURNS int LANGUAGE sql AS $$
     SELECT ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
 $$;
 
--- raise_epoch starts a new epoch and re-stamps rows whose change lies in the future, which after a dump and reload
+-- raise_epoch starts a new epoch. Its number follows the wall clock, at least by one: a database that is restored from an old backup does not know
+-- how many epochs have passed since, and its peers refuse numbers that they have seen before. It then re-stamps rows whose change lies in the future, which after a dump and reload
 -- is all of them: no cursor would ever deliver them otherwise.
 CREATE FUNCTION raise_epoch() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     v text;
     e bigint;
 BEGIN
-    UPDATE ctl.feed_epoch SET epoch = epoch + 1, raised_at = now(), timeline = ctl.current_timeline(),
+    UPDATE ctl.feed_epoch SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint), raised_at = now(), timeline = ctl.current_timeline(),
            system_identifier = (SELECT system_identifier FROM pg_control_system())
     RETURNING epoch INTO e;
     FOR v IN SELECT DISTINCT scope FROM ctl.migrations WHERE scope <> 'ctl' LOOP
