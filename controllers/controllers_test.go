@@ -1,0 +1,442 @@
+package controllers_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	. "github.com/onsi/ginkgo/v2"
+	. "github.com/onsi/gomega"
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/config"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
+	"github.com/dbcontroller/db-controller/controllers"
+	"github.com/dbcontroller/db-controller/internal/pki"
+	"github.com/dbcontroller/db-controller/registry"
+	"github.com/dbcontroller/db-controller/registry/registrytest"
+)
+
+var _ = registrytest.Behaves("Kubernetes", func(ctx context.Context) registrytest.Source { return newNamespace(ctx) })
+
+// namespace is a namespace of its own for a spec, with the manager's role bound to a user in it.
+type namespace struct {
+	name   string
+	user   *rest.Config
+	status *statuses
+}
+
+func newNamespace(ctx context.Context) *namespace {
+	GinkgoHelper()
+	object := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "spec-"}}
+	Expect(admin.Create(ctx, object)).To(Succeed())
+	n := &namespace{name: object.Name, status: &statuses{}}
+	var err error
+	n.user, err = cluster.As("manager-of-" + n.name)
+	Expect(err).NotTo(HaveOccurred())
+	n.bindRoles(ctx)
+	return n
+}
+
+// bindRoles gives the user the generated roles, and nothing else.
+func (n *namespace) bindRoles(ctx context.Context) {
+	GinkgoHelper()
+	text, err := os.ReadFile(filepath.Join("..", "config", "rbac", "role.yaml"))
+	Expect(err).NotTo(HaveOccurred())
+	documents := utilyaml.NewYAMLOrJSONDecoder(bytes.NewReader(text), 4096)
+	subject := []rbacv1.Subject{{Kind: "User", APIGroup: rbacv1.GroupName, Name: "manager-of-" + n.name}}
+	for {
+		var document json.RawMessage
+		if err := documents.Decode(&document); errors.Is(err, io.EOF) {
+			return
+		} else {
+			Expect(err).NotTo(HaveOccurred())
+		}
+		var kind metav1.TypeMeta
+		Expect(json.Unmarshal(document, &kind)).To(Succeed())
+		switch kind.Kind {
+		case "ClusterRole":
+			var role rbacv1.ClusterRole
+			Expect(json.Unmarshal(document, &role)).To(Succeed())
+			role.Name = n.name
+			Expect(admin.Create(ctx, &role)).To(Succeed())
+			Expect(admin.Create(ctx, &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: n.name}, Subjects: subject,
+				RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: n.name}})).To(Succeed())
+		case "Role":
+			var role rbacv1.Role
+			Expect(json.Unmarshal(document, &role)).To(Succeed())
+			Expect(role.Namespace).To(Equal("system"))
+			role.Namespace = n.name
+			Expect(admin.Create(ctx, &role)).To(Succeed())
+			Expect(admin.Create(ctx, &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Name: role.Name, Namespace: n.name}, Subjects: subject,
+				RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: role.Name}})).To(Succeed())
+		default:
+			Fail("role.yaml holds a " + kind.Kind)
+		}
+	}
+}
+
+func (n *namespace) Namespace() string { return n.name }
+
+func (n *namespace) put(ctx context.Context, o registrytest.Object) error {
+	wanted := o.DeepCopyObject().(client.Object)
+	present := o.DeepCopyObject().(client.Object)
+	err := admin.Get(ctx, client.ObjectKeyFromObject(wanted), present)
+	if client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	if err != nil {
+		return admin.Create(ctx, wanted)
+	}
+	wanted.SetResourceVersion(present.GetResourceVersion())
+	return admin.Update(ctx, wanted)
+}
+
+// conflicts with a status patch of the controllers are those of any client: read again.
+func (n *namespace) Put(ctx context.Context, o registrytest.Object) {
+	GinkgoHelper()
+	Eventually(func() error { return n.put(ctx, o) }, registrytest.Patience).Should(Succeed())
+}
+
+func (n *namespace) PutRefused(ctx context.Context, o registrytest.Object, message string) {
+	GinkgoHelper()
+	Eventually(func() error { return n.put(ctx, o) }, registrytest.Patience).Should(MatchError(ContainSubstring(message)))
+}
+
+func (n *namespace) Touch(ctx context.Context, o registrytest.Object) {
+	GinkgoHelper()
+	touched := o.DeepCopyObject().(client.Object)
+	Expect(admin.Patch(ctx, touched, client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"touched":"yes"}}}`)))).To(Succeed())
+}
+
+func (n *namespace) Delete(ctx context.Context, o registrytest.Object) {
+	GinkgoHelper()
+	Expect(admin.Delete(ctx, o.DeepCopyObject().(client.Object))).To(Succeed())
+}
+
+func (n *namespace) Start(context.Context) (*registry.Registry, registry.Secrets, func()) {
+	GinkgoHelper()
+	mgr, err := ctrl.NewManager(n.user, ctrl.Options{
+		Scheme:     scheme,
+		Metrics:    metricsserver.Options{BindAddress: "0"},
+		Cache:      cache.Options{DefaultNamespaces: map[string]cache.Config{n.name: {}}},
+		Controller: config.Controller{SkipNameValidation: new(true)}, // each spec has a manager of its own
+	})
+	Expect(err).NotTo(HaveOccurred())
+	reg := registry.New()
+	Expect(controllers.Add(mgr, controllers.Options{Region: "eu", Registry: reg, Status: n.status, StatusInterval: 50 * time.Millisecond})).To(Succeed())
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- mgr.Start(ctx) }()
+	stop := sync.OnceFunc(func() {
+		cancel()
+		Expect(<-done).To(Succeed())
+	})
+	DeferCleanup(stop)
+	return reg, controllers.NewSecrets(mgr.GetAPIReader()), stop
+}
+
+// statuses stands for the store and the syncers, which are not what is tested here.
+type statuses struct {
+	mu      sync.Mutex
+	serving controllers.Serving
+	peers   []v1alpha1.PeerStatus
+}
+
+func (s *statuses) set(serving controllers.Serving, peers ...v1alpha1.PeerStatus) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.serving, s.peers = serving, peers
+}
+
+func (s *statuses) PeerStatuses(_, _ string) []v1alpha1.PeerStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]v1alpha1.PeerStatus(nil), s.peers...)
+}
+
+func (s *statuses) Serving(_, _ string) controllers.Serving {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.serving
+}
+
+func seconds(s float64) *metav1.Duration {
+	return &metav1.Duration{Duration: time.Duration(s * float64(time.Second))}
+}
+
+var _ = Describe("the status of", func() {
+	var n *namespace
+	BeforeEach(func(ctx context.Context) { n = newNamespace(ctx) })
+
+	status := func(ctx context.Context, name string) func() v1alpha1.DeploymentStatus {
+		return func() v1alpha1.DeploymentStatus {
+			var d v1alpha1.Deployment
+			Expect(admin.Get(ctx, client.ObjectKey{Namespace: n.name, Name: name}, &d)).To(Succeed())
+			if d.Status.ObservedGeneration != d.Generation {
+				return v1alpha1.DeploymentStatus{}
+			}
+			return d.Status
+		}
+	}
+	condition := func(ctx context.Context, name, conditionType string) func() string {
+		return func() string {
+			c := meta.FindStatusCondition(status(ctx, name)().Conditions, conditionType)
+			if c == nil {
+				return "not set"
+			}
+			return string(c.Status) + " " + c.Reason + ": " + c.Message
+		}
+	}
+	eventually := func(f func() string, prefix, text string) {
+		GinkgoHelper()
+		Eventually(f, registrytest.Patience).Should(And(HavePrefix(prefix), ContainSubstring(text)))
+	}
+	happened := func(ctx context.Context) func() []string {
+		return func() []string {
+			var list eventsv1.EventList
+			Expect(admin.List(ctx, &list, client.InNamespace(n.name))).To(Succeed())
+			var reasons []string
+			for _, e := range list.Items {
+				reasons = append(reasons, e.Regarding.Name+" "+e.Reason)
+			}
+			return reasons
+		}
+	}
+	secret := func(ctx context.Context, name string, data map[string][]byte) {
+		GinkgoHelper()
+		Expect(admin.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: name}, Data: data})).To(Succeed())
+	}
+
+	It("a Deployment of the own region: its life", func(ctx context.Context) {
+		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
+		n.Put(ctx, registrytest.Deployment(n, "us", "us"))
+		reg, _, _ := n.Start(ctx)
+
+		By("the first visit: all conditions are there")
+		Eventually(status(ctx, "eu"), registrytest.Patience).Should(HaveField("Conditions", HaveLen(10)))
+		for _, c := range status(ctx, "eu")().Conditions {
+			Expect(c.ObservedGeneration).To(BeEquivalentTo(1))
+		}
+		eventually(condition(ctx, "eu", "Ready"), "False DescriptorNotFound", registrytest.Service)
+		eventually(condition(ctx, "eu", "Stalled"), "True DescriptorNotFound", registrytest.Service)
+		eventually(condition(ctx, "eu", "PeersReachable"), "Unknown Pending", "us")
+		eventually(condition(ctx, "eu", "InitialSyncComplete"), "False Syncing", "us")
+
+		By("the descriptor comes, the secret is missing")
+		n.Put(ctx, registrytest.Descriptor(n, "packages"))
+		eventually(condition(ctx, "eu", "Ready"), "False SecretNotFound", "spec.database.secretRef: get secret "+n.name+"/eu-db")
+		eventually(condition(ctx, "eu", "CredentialsValid"), "False SecretNotFound", "eu-db")
+
+		By("the secret comes, without the key and then with it")
+		secret(ctx, "eu-db", map[string][]byte{"url": []byte("x")})
+		eventually(condition(ctx, "eu", "CredentialsValid"), "False SecretNotFound", `key "dsn"`)
+		Expect(admin.Update(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: "eu-db"}, Data: map[string][]byte{"dsn": []byte("host=/tmp")}})).To(Succeed())
+		eventually(condition(ctx, "eu", "CredentialsValid"), "True", "")
+		eventually(condition(ctx, "eu", "Ready"), "Unknown Pending", "being opened")
+		eventually(condition(ctx, "eu", "Stalled"), "False", "")
+		eventually(condition(ctx, "eu", "Reconciling"), "True Pending", "v1 is not served yet")
+
+		By("the database does not answer, then the first copy runs, then all is well")
+		n.status.set(controllers.Serving{Err: errors.New("connection refused")})
+		eventually(condition(ctx, "eu", "Ready"), "False DatabaseUnavailable", "connection refused")
+		n.status.set(controllers.Serving{Version: "v1", OwnedShards: 4096}, v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(0.1), PendingRows: 7})
+		eventually(condition(ctx, "eu", "Ready"), "False Syncing", "us")
+		eventually(condition(ctx, "eu", "Reconciling"), "True Syncing", "us")
+		n.status.set(controllers.Serving{Version: "v1", OwnedShards: 4096},
+			v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(0.1), Freshness: seconds(0.2104999), ApplyLag: seconds(0)},
+			v1alpha1.PeerStatus{Region: "nowhere", ContactAge: seconds(1)})
+		eventually(condition(ctx, "eu", "Ready"), "True Available", "serving v1")
+		eventually(condition(ctx, "eu", "Reconciling"), "False", "")
+		Expect(status(ctx, "eu")()).To(And(
+			HaveField("CurrentVersion", "v1"), HaveField("PeersInSync", "1/1"), HaveField("Lag", HaveValue(Equal(metav1.Duration{Duration: 210 * time.Millisecond}))),
+			HaveField("Shards.Summary", "4096/4096"), HaveField("Peers", HaveLen(1))))
+
+		By("the peer lags, then falls silent, then comes back")
+		n.status.set(controllers.Serving{Version: "v1"}, v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(1), Freshness: seconds(12)})
+		eventually(condition(ctx, "eu", "CaughtUp"), "False Lagging", "us are copied later than 5s")
+		n.status.set(controllers.Serving{Version: "v1"}, v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(100), Freshness: seconds(101)})
+		eventually(condition(ctx, "eu", "PeersReachable"), "False PeerUnreachable", "us")
+		eventually(condition(ctx, "eu", "CaughtUp"), "Unknown PeerUnreachable", "us")
+		eventually(condition(ctx, "eu", "InitialSyncComplete"), "True", "")
+		n.status.set(controllers.Serving{Version: "v1", QuarantinedRows: 3}, v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(1), Freshness: seconds(1)})
+		eventually(condition(ctx, "eu", "PeersReachable"), "True", "us")
+		eventually(condition(ctx, "eu", "Degraded"), "True Quarantine", "3 rows")
+
+		By("suspending and disabling it")
+		edited := registrytest.Deployment(n, "eu", "eu")
+		edited.Spec.SuspendScopes = []v1alpha1.SuspendScope{{PeerRegion: "us"}}
+		n.Put(ctx, edited)
+		eventually(condition(ctx, "eu", "Suspended"), "True Suspended", "all types from us")
+		edited.Spec.SuspendScopes, edited.Spec.Disabled = nil, true
+		n.Put(ctx, edited)
+		eventually(condition(ctx, "eu", "Suspended"), "False NotSuspended", "")
+		eventually(condition(ctx, "eu", "Ready"), "False Disabled", "")
+		Eventually(status(ctx, "eu"), registrytest.Patience).Should(HaveField("ObservedGeneration", BeNumerically("==", 3)))
+
+		Eventually(happened(ctx), registrytest.Patience).Should(ContainElements("eu DescriptorNotFound", "eu CredentialsInvalid", "eu InitialSyncStarted",
+			"eu InitialSyncCompleted", "eu LagObjectiveMissed", "eu PeerUnreachable", "eu PeerRecovered", "eu RowQuarantined", "eu Suspended", "eu Resumed"))
+
+		By("the Deployment of the other region is none of our business")
+		Expect(status(ctx, "us")()).To(BeZero())
+		Expect(reg.Problems()).To(BeEmpty())
+	})
+
+	It("two Deployments for one service and region", func(ctx context.Context) {
+		n.Put(ctx, registrytest.Deployment(n, "a-eu", "eu"))
+		n.Start(ctx)
+		eventually(condition(ctx, "a-eu", "Conflict"), "False Unique", "")
+		n.Put(ctx, registrytest.Deployment(n, "b-eu", "eu"))
+		eventually(condition(ctx, "b-eu", "Conflict"), "True Duplicate", "already declared by Deployment "+n.name+"/a-eu, which is older")
+		eventually(condition(ctx, "b-eu", "Ready"), "False Duplicate", "")
+		eventually(condition(ctx, "b-eu", "Stalled"), "True Duplicate", "")
+		Consistently(condition(ctx, "a-eu", "Conflict"), "200ms").Should(HavePrefix("False"))
+		Eventually(happened(ctx), registrytest.Patience).Should(ContainElement("b-eu Duplicate"))
+
+		n.Delete(ctx, registrytest.Deployment(n, "a-eu", "eu"))
+		eventually(condition(ctx, "b-eu", "Conflict"), "False Unique", "")
+		eventually(condition(ctx, "b-eu", "Stalled"), "True DescriptorNotFound", "")
+	})
+
+	It("a Deployment with TLS", func(ctx context.Context) {
+		ca, err := pki.NewCA("test")
+		Expect(err).NotTo(HaveOccurred())
+		pair := func(region string, until time.Duration) map[string][]byte {
+			kp, err := ca.Issue(pki.Identity{TrustDomain: "db-controller", Service: registrytest.Service, Region: region}, time.Now().Add(until))
+			Expect(err).NotTo(HaveOccurred())
+			return map[string][]byte{"tls.crt": kp.CertPEM, "tls.key": kp.KeyPEM, "ca.crt": ca.CertPEM()}
+		}
+		secret(ctx, "eu-db", map[string][]byte{"dsn": []byte("host=/tmp")})
+		secret(ctx, "eu-tls", map[string][]byte{"tls.crt": []byte("junk")})
+		eu := registrytest.Deployment(n, "eu", "eu")
+		eu.Spec.TLS = &v1alpha1.TLSSpec{SecretRef: v1alpha1.SecretRef{Name: "eu-tls"}}
+		n.Put(ctx, eu)
+		n.Start(ctx)
+		credentials := condition(ctx, "eu", "CredentialsValid")
+		eventually(credentials, "False Invalid", "spec.tls.secretRef: secret eu-tls: the certificates do not fit")
+		for _, c := range []struct {
+			data         map[string][]byte
+			prefix, text string
+		}{
+			{pair("us", time.Hour), "False Invalid", "region/us, but this Deployment is"},
+			{pair("eu", -time.Minute), "False Invalid", "the certificate is valid from"},
+			{pair("eu", time.Hour), "True", ""},
+		} {
+			Expect(admin.Update(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: "eu-tls"}, Data: c.data})).To(Succeed())
+			eventually(credentials, c.prefix, c.text)
+		}
+	})
+
+	It("ServiceDescriptors", func(ctx context.Context) {
+		ready := func(name, conditionType string) func() string {
+			return func() string {
+				var s v1alpha1.ServiceDescriptor
+				Expect(admin.Get(ctx, client.ObjectKey{Namespace: n.name, Name: name}, &s)).To(Succeed())
+				c := meta.FindStatusCondition(s.Status.Conditions, conditionType)
+				if c == nil || s.Status.ObservedGeneration != s.Generation {
+					return "not set"
+				}
+				return string(c.Status) + " " + c.Reason + ": " + c.Message
+			}
+		}
+		bad := registrytest.Descriptor(n, "a-packages")
+		bad.Spec.Versions[0].Resources[1].Patterns = []string{"sections/{section}/packages/{pack"}
+		n.Put(ctx, bad)
+		n.Start(ctx)
+		eventually(ready("a-packages", "Ready"), "False Invalid", "spec.versions[0].resources[1].patterns")
+		Expect(ready("a-packages", "Ready")()).NotTo(ContainSubstring("stays in use"))
+		n.Put(ctx, registrytest.Descriptor(n, "a-packages"))
+		eventually(ready("a-packages", "Ready"), "True Compiled", "")
+		eventually(ready("a-packages", "Stalled"), "False", "")
+		n.Put(ctx, bad)
+		eventually(ready("a-packages", "Ready"), "False Invalid", "the last state that compiled stays in use")
+
+		n.Put(ctx, registrytest.Descriptor(n, "b-packages"))
+		eventually(ready("b-packages", "Ready"), "False Duplicate", n.name+"/a-packages")
+		n.Delete(ctx, bad)
+		eventually(ready("b-packages", "Ready"), "True Compiled", "")
+		Eventually(happened(ctx), registrytest.Patience).Should(ContainElements("a-packages Refused", "b-packages Duplicate"))
+	})
+
+	It("nothing but what has changed: a status that stays is not written again", func(ctx context.Context) {
+		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
+		n.Start(ctx)
+		eventually(condition(ctx, "eu", "Ready"), "False DescriptorNotFound", "")
+		version := func() string {
+			var d v1alpha1.Deployment
+			Expect(admin.Get(ctx, client.ObjectKey{Namespace: n.name, Name: "eu"}, &d)).To(Succeed())
+			return d.ResourceVersion
+		}
+		written := version()
+		Consistently(version, "500ms").Should(Equal(written), "ten intervals")
+	})
+
+	It("the manager's role: secrets by name, no list", func(ctx context.Context) {
+		secret(ctx, "eu-db", map[string][]byte{"dsn": []byte("x")})
+		c, err := client.New(n.user, client.Options{Scheme: scheme})
+		Expect(err).NotTo(HaveOccurred())
+		secrets := controllers.NewSecrets(c)
+		Expect(secrets.Get(ctx, n.name, "eu-db")).To(HaveKeyWithValue("dsn", []byte("x")))
+		_, err = secrets.Get(ctx, n.name, "none")
+		Expect(err).To(MatchError(registry.ErrSecretNotFound))
+		_, err = secrets.Get(ctx, "default", "none")
+		Expect(err).To(And(MatchError(ContainSubstring("forbidden")), Not(MatchError(registry.ErrSecretNotFound))))
+		Expect(c.List(ctx, &corev1.SecretList{}, client.InNamespace(n.name))).To(MatchError(ContainSubstring("forbidden")))
+		d := registrytest.Deployment(n, "eu", "eu")
+		n.Put(ctx, d)
+		Expect(c.Delete(ctx, d)).To(MatchError(ContainSubstring("forbidden")))
+	})
+})
+
+var _ = Describe("kubectl's table of Deployments", func() {
+	It("has the columns that people look for", func(ctx context.Context) {
+		n := newNamespace(ctx)
+		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
+		n.status.set(controllers.Serving{Version: "v1", OwnedShards: 4096})
+		n.Put(ctx, registrytest.Descriptor(n, "packages"))
+		Expect(admin.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: "eu-db"}, Data: map[string][]byte{"dsn": []byte("x")}})).To(Succeed())
+		n.Start(ctx)
+		Eventually(func() string { return table(ctx, n.name) }, registrytest.Patience).Should(ContainSubstring("eu " + registrytest.Service + " eu v1 True <nil> 0/0 4096/4096"))
+	})
+})
+
+// table asks for what kubectl prints.
+func table(ctx context.Context, ns string) string {
+	GinkgoHelper()
+	cfg := rest.CopyConfig(cluster.Config)
+	cfg.GroupVersion = &v1alpha1.GroupVersion
+	cfg.APIPath = "/apis"
+	cfg.NegotiatedSerializer = clientgoscheme.Codecs.WithoutConversion()
+	rc, err := rest.RESTClientFor(cfg)
+	Expect(err).NotTo(HaveOccurred())
+	raw, err := rc.Get().Namespace(ns).Resource("deployments").SetHeader("Accept", "application/json;as=Table;v=v1;g=meta.k8s.io").DoRaw(ctx)
+	Expect(err).NotTo(HaveOccurred())
+	var t metav1.Table
+	Expect(json.Unmarshal(raw, &t)).To(Succeed())
+	var out strings.Builder
+	for _, row := range t.Rows {
+		for _, cell := range row.Cells {
+			fmt.Fprint(&out, cell, " ")
+		}
+	}
+	return out.String()
+}
