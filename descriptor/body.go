@@ -11,7 +11,6 @@ import (
 	"unicode/utf16"
 	"unicode/utf8"
 
-	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	structuralschema "k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/listtype"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/pruning"
@@ -19,6 +18,8 @@ import (
 	openapierrors "k8s.io/kube-openapi/pkg/validation/errors"
 	"k8s.io/kube-openapi/pkg/validation/validate"
 	sigsjson "sigs.k8s.io/json"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
 )
 
 // MaxBodyDepth is how deep objects and lists of a body may be nested.
@@ -170,7 +171,7 @@ func (t *Type) decode(body []byte) (map[string]any, []Violation) {
 	var violations []Violation
 	for _, err := range strict {
 		v := Violation{"", err.Error()}
-		if f, ok := err.(sigsjson.FieldError); ok {
+		if f, ok := errors.AsType[sigsjson.FieldError](err); ok {
 			v = Violation{f.FieldPath(), "occurs twice in one object"}
 		}
 		violations = append(violations, v)
@@ -268,7 +269,7 @@ func (s *bodySchema) validate(object map[string]any) []Violation {
 	}
 	for _, err := range s.validator.Validate(object).Errors {
 		v := Violation{"", err.Error()}
-		if f, ok := err.(*openapierrors.Validation); ok {
+		if f, ok := errors.AsType[*openapierrors.Validation](err); ok {
 			v.Field = strings.TrimPrefix(f.Name, ".")
 			v.Description = strings.TrimPrefix(strings.TrimPrefix(v.Description, f.Name), " in body ")
 		}

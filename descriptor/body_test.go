@@ -31,7 +31,7 @@ func TestValidateBody(t *testing.T) {
 		"key with other capitals":          {"Package", `{"version":"1","Version":"2"}`, "Version: is not a field of the schema"},
 		"name":                             {"Package", `{"version":"1","name":"x"}`, "name: is not a field of the body"},
 		"metadata":                         {"Package", `{"version":"1","metadata":{}}`, "metadata: is not a field of the body"},
-		"unknown field":                    {"Package", `{"version":"1","verison":"2"}`, "verison: is not a field of the schema"},
+		"unknown field":                    {"Package", `{"version":"1","vers":"2"}`, "vers: is not a field of the schema"},
 		"wrong type":                       {"Package", `{"version":1}`, "version: must be of type string"},
 		"number below its minimum":         {"Package", `{"version":"1","sizeBytes":-1}`, "sizeBytes: should be greater"},
 		"not the pattern":                  {"Package", `{"version":"1","sha256":"abc"}`, "sha256: should match"},

@@ -13,8 +13,9 @@
 package descriptor
 
 import (
-	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
 )
 
 // Service is a compiled ServiceDescriptor.

@@ -4,8 +4,9 @@ import (
 	"os"
 	"testing"
 
-	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
 )
 
 // service compiles a descriptor's spec in YAML.

@@ -3,6 +3,7 @@ package descriptor
 import (
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -305,4 +306,12 @@ func Shard(name string, ring int) int {
 		h *= prime
 	}
 	return int(h % uint64(ring))
+}
+
+// ShardRange is a half-open range of shard numbers.
+type ShardRange struct{ From, To int32 }
+
+// String is [from,to), PostgreSQL's text form of an int4range.
+func (r ShardRange) String() string {
+	return "[" + strconv.Itoa(int(r.From)) + "," + strconv.Itoa(int(r.To)) + ")"
 }

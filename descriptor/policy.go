@@ -3,8 +3,9 @@ package descriptor
 import (
 	"slices"
 
-	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
 )
 
 // Everywhere is the region list of a resource that every region of its service holds.

@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dbcontroller/db-controller/store/feed"
+	"github.com/dbcontroller/db-controller/descriptor"
 )
 
 // Node works on a range of shards.
@@ -18,7 +18,7 @@ type Node interface {
 	// Run works until ctx is done, and returns after everything it started has. It is called once.
 	Run(ctx context.Context) error
 	// UpdateShardRange makes shards the node's range, before or during Run. It returns when no work on other shards goes on.
-	UpdateShardRange(ctx context.Context, shards feed.Range) error
+	UpdateShardRange(ctx context.Context, shards descriptor.ShardRange) error
 }
 
 // Kind is one kind of nodes.
@@ -139,7 +139,7 @@ const (
 )
 
 // keep runs one node until ctx is done, a new one whenever it fails.
-func (m *Manager) keep(ctx context.Context, k Kind, version string, shards feed.Range) {
+func (m *Manager) keep(ctx context.Context, k Kind, version string, shards descriptor.ShardRange) {
 	for wait := minRestart; ; wait = min(2*wait, maxRestart) {
 		err := runNode(ctx, k, version, shards)
 		if ctx.Err() != nil {
@@ -157,7 +157,7 @@ func (m *Manager) keep(ctx context.Context, k Kind, version string, shards feed.
 	}
 }
 
-func runNode(ctx context.Context, k Kind, version string, shards feed.Range) error {
+func runNode(ctx context.Context, k Kind, version string, shards descriptor.ShardRange) error {
 	n, err := k.New(version)
 	if err != nil {
 		return fmt.Errorf("make %s node of %s: %w", k.Name, version, err)

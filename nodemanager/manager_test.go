@@ -13,8 +13,8 @@ import (
 	"go.uber.org/goleak"
 	"pgregory.net/rapid"
 
+	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/nodemanager"
-	"github.com/dbcontroller/db-controller/store/feed"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -68,11 +68,14 @@ func (s *story) sorted() []string {
 type node struct {
 	s       *story
 	version string
-	shards  feed.Range
+	shards  descriptor.ShardRange
 	fails   bool
 }
 
-func (n *node) UpdateShardRange(_ context.Context, r feed.Range) error { n.shards = r; return nil }
+func (n *node) UpdateShardRange(_ context.Context, r descriptor.ShardRange) error {
+	n.shards = r
+	return nil
+}
 
 func (n *node) Run(ctx context.Context) error {
 	n.s.mu.Lock()

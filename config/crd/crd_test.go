@@ -7,14 +7,15 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dbcontroller/db-controller/api/v1alpha1"
-	"github.com/dbcontroller/db-controller/descriptor"
 	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/validation"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
+	"github.com/dbcontroller/db-controller/descriptor"
 )
 
 // object decodes YAML as an API server would.

@@ -62,7 +62,7 @@ func run(ctx context.Context, out string, limit int) (err error) {
 
 	file := os.Stdout
 	if out != "" {
-		if file, err = os.Create(out); err != nil { //nolint:gosec // the user says where
+		if file, err = os.Create(out); err != nil {
 			return fmt.Errorf("create output: %w", err)
 		}
 		defer func() { err = errors.Join(err, file.Close()) }()

@@ -231,14 +231,14 @@ func (w *writer) resource(p *stanza) debPackage {
 		if text == "" {
 			continue
 		}
-		annotations[f.key+"Text"] = text
+		annotations[f.key+"Text"] = annotation(text)
 		if f.references == nil {
 			continue
 		}
 		var virtual []string
 		*f.references, virtual = w.references(p, text)
 		if len(virtual) > 0 {
-			annotations[f.key+"Virtual"] = strings.Join(virtual, ", ")
+			annotations[f.key+"Virtual"] = annotation(strings.Join(virtual, ", "))
 		}
 	}
 	if len(annotations) > 0 {
@@ -289,6 +289,11 @@ func size(field string) int64 {
 		return 0 // no size is known
 	}
 	return n
+}
+
+// annotation cuts s to the bytes that the value of an annotation may have.
+func annotation(s string) string {
+	return strings.ToValidUTF8(s[:min(len(s), 64<<10)], "")
 }
 
 // limited cuts s to n characters.

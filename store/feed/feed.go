@@ -24,6 +24,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/row"
 )
@@ -32,12 +33,7 @@ import (
 const DefaultLimit = 5000
 
 // Range is a half-open range of shard numbers.
-type Range struct{ From, To int32 }
-
-// String is [from,to), PostgreSQL's text form of an int4range.
-func (r Range) String() string {
-	return "[" + strconv.Itoa(int(r.From)) + "," + strconv.Itoa(int(r.To)) + ")"
-}
+type Range = descriptor.ShardRange
 
 // Feed reads the change feed of one API version's schema. It is safe for concurrent use.
 type Feed struct {

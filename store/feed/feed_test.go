@@ -287,7 +287,7 @@ func TestNothingIsSkipped(t *testing.T) {
 				}
 			}
 			for i := lane; i < n; i += lanes {
-				s0 := first + uint64(i) //nolint:gosec // i is small
+				s0 := first + uint64(i)
 				sch.rng = rand.New(rand.NewPCG(s0, 0))
 				fail := func(err error) { t.Fatalf("seed %d: %v (repeat with -seed %d -schedules 1)", s0, err, s0) }
 				for range 8 + sch.rng.IntN(20) {
@@ -319,7 +319,7 @@ func TestNothingIsSkipped(t *testing.T) {
 				}
 			}
 			if err := errors.Join(sch.finish(t.Context()), drain(), equal(f.rows, table)); err != nil {
-				t.Fatalf("seeds %d to %d: %v", first, first+uint64(n), err) //nolint:gosec // n is small
+				t.Fatalf("seeds %d to %d: %v", first, first+uint64(n), err)
 			}
 			sch.done["cursor lost"] = f.lost
 			totals <- sch.done
@@ -383,7 +383,7 @@ func TestConcurrentWriters(t *testing.T) {
 	for w := range 6 {
 		conn := connect(t, dsn)
 		wg.Go(func() {
-			rng := rand.New(rand.NewPCG(uint64(w), 1)) //nolint:gosec // small
+			rng := rand.New(rand.NewPCG(uint64(w), 1))
 			for i := range 150 {
 				tx, err := conn.Begin(t.Context())
 				if err != nil {

@@ -125,20 +125,20 @@ func (c *Cache) Run(ctx context.Context, f *feed.Feed) error {
 }
 
 func (c *Cache) follow(ctx context.Context, f *feed.Feed, typ string) error {
-	for ctx.Err() == nil {
-		err := c.followOnce(ctx, f, typ)
-		if ctx.Err() != nil {
-			break
+	for {
+		err := c.followOnce(ctx, f, typ) // never nil
+		switch {
+		case ctx.Err() != nil:
+			return nil //nolint:nilerr // asked to stop
+		case errors.Is(err, feed.ErrCursorLost):
+			continue
 		}
-		if !errors.Is(err, feed.ErrCursorLost) {
-			c.log.WarnContext(ctx, "policies may be stale: the change feed cannot be read", "type", typ, "error", err)
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Second):
-			}
+		c.log.WarnContext(ctx, "policies may be stale: the change feed cannot be read", "type", typ, "error", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
 		}
 	}
-	return nil
 }
 
 func (c *Cache) followOnce(ctx context.Context, f *feed.Feed, typ string) error {

@@ -83,7 +83,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 
 	s := &Store{cfg: cfg, hub: feed.NewHub(), log: cfg.Logger}
-	pc.MaxConns = int32(cfg.MaxConns) //nolint:gosec // small by nature
+	pc.MaxConns = int32(cfg.MaxConns)
 	pc.MinIdleConns = 1
 	pc.ConnConfig.RuntimeParams["search_path"] = cfg.Version
 	pc.ConnConfig.RuntimeParams["application_name"] = "db-controller " + cfg.Service + " " + cfg.Region

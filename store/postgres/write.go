@@ -227,7 +227,7 @@ func (s *Store) statement(writes []store.Write) (sql string, args []any, err err
 	ifEpoch, ifNumber, allow := make([]int64, n), make([]int64, n), make([]bool, n)
 	for i, w := range writes {
 		names[i], ops[i] = w.Name, int32(w.Op)
-		shards[i] = int32(descriptor.Shard(w.Name, s.cfg.Ring)) //nolint:gosec // below the ring size
+		shards[i] = int32(descriptor.Shard(w.Name, s.cfg.Ring))
 		if w.OwningRegion != "" {
 			owners[i] = &w.OwningRegion
 		}

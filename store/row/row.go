@@ -60,7 +60,7 @@ func Append(buf []byte, values [][]byte) []byte {
 			buf = append(buf, 0xff, 0xff, 0xff, 0xff)
 			continue
 		}
-		buf = binary.BigEndian.AppendUint32(buf, uint32(len(v))) //nolint:gosec // a field of PostgreSQL is under 1 GiB
+		buf = binary.BigEndian.AppendUint32(buf, uint32(len(v)))
 		buf = append(buf, v...)
 	}
 	return buf
@@ -90,7 +90,7 @@ func (t *Tuple) Owner() string { return string(t.fields[fieldOwner]) }
 func (t *Tuple) OwnedBy(region string) bool { return string(t.fields[fieldOwner]) == region }
 
 // Shard of the name.
-func (t *Tuple) Shard() int32 { return int32(binary.BigEndian.Uint32(t.fields[fieldShard])) } //nolint:gosec // two's complement on the wire
+func (t *Tuple) Shard() int32 { return int32(binary.BigEndian.Uint32(t.fields[fieldShard])) }
 
 // Removal says whether the row is gone for the region that receives it.
 func (t *Tuple) Removal() bool {
@@ -103,7 +103,7 @@ func (t *Tuple) UpdateTime() time.Time {
 }
 
 func (t *Tuple) int64(field int) int64 {
-	return int64(binary.BigEndian.Uint64(t.fields[field])) //nolint:gosec // two's complement on the wire
+	return int64(binary.BigEndian.Uint64(t.fields[field]))
 }
 
 // pgEpoch is where PostgreSQL's binary timestamps start.
@@ -141,7 +141,7 @@ func (t *Tuple) parse(data []byte) (rest []byte, err error) {
 		if len(data)-at < 4 {
 			return nil, fmt.Errorf("%w: cut in field %d", ErrMalformed, i)
 		}
-		n := int(int32(binary.BigEndian.Uint32(data[at:]))) //nolint:gosec // two's complement on the wire
+		n := int(int32(binary.BigEndian.Uint32(data[at:])))
 		at += 4
 		if n < 0 {
 			if n != -1 || i <= fieldUpdateTime {

@@ -385,7 +385,7 @@ func TestCopiesSurviveFaults(t *testing.T) {
 		p := w.places[r]
 		j := &journal{acked: map[string]string{}, maybe: map[string]map[string]bool{}, count: map[string]int{}}
 		journals[r] = j
-		rng := rand.New(rand.NewPCG(s, uint64(i))) //nolint:gosec // small
+		rng := rand.New(rand.NewPCG(s, uint64(i)))
 		wg.Go(func() {
 			for n := 0; writing.Err() == nil; n++ {
 				name := fmt.Sprintf("folders/%s/regions/%s/sites/%d", []string{"all", "pair", "flip"}[rng.IntN(3)], r, rng.IntN(300))
