@@ -133,7 +133,7 @@ func (f *Feed) read(ctx context.Context, c Cursor, columns, where string, filter
 	b.Queue(`(SELECT change::text, `+columns+` FROM resources WHERE change = ANY ($2::text[]::xid8[])`+where+`)
 		UNION ALL
 		(SELECT change::text, `+columns+` FROM resources WHERE change >= $3::text::xid8`+where+`
-		 ORDER BY change FETCH FIRST ($4::bigint) ROWS WITH TIES)`, args...)
+		 ORDER BY resources.change FETCH FIRST ($4::bigint) ROWS WITH TIES)`, args...)
 	b.Queue("COMMIT")
 	results := conn.SendBatch(ctx, &b)
 	defer func() {

@@ -491,3 +491,42 @@ func TestCursorOfAnotherEpochOrTheFutureIsLost(t *testing.T) {
 		}
 	}
 }
+
+// TestOrderIsNumeric reads a backlog of more transactions than the limit, across the point where their ids get one digit more: as text, 10000 would
+// come before 9999.
+func TestOrderIsNumeric(t *testing.T) {
+	s, dsn := open(t, 3)
+	conn := connect(t, dsn)
+	var next int64
+	if err := conn.QueryRow(t.Context(), "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint").Scan(&next); err != nil {
+		t.Fatal(err)
+	}
+	edge := int64(10_000)
+	for edge < next+50 {
+		edge *= 10
+	}
+	if _, err := conn.Exec(t.Context(), fmt.Sprintf("DO $$ BEGIN FOR i IN 1..%d LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$", edge-next-20)); err != nil {
+		t.Fatal(err)
+	}
+	f := &follower{feed: s.Feed(), rows: map[string]rowState{}}
+	var err error
+	if f.cursor, _, err = s.Feed().Now(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 40 {
+		if _, err := conn.Exec(t.Context(), upsert, fmt.Sprintf("shelves/a/books/%d", i), 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for more := true; more; {
+		if more, err = f.read(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(f.rows) != 40 {
+		t.Errorf("%d rows delivered, want 40", len(f.rows))
+	}
+	if err := conn.QueryRow(t.Context(), "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint").Scan(&next); err != nil || next < edge {
+		t.Errorf("the ids have reached %d, not %d: the test proves nothing (%v)", next, edge, err)
+	}
+}
