@@ -140,7 +140,7 @@ func (f feedService) Tail(ctx context.Context, req *connect.Request[dbcontroller
 			return err
 		}
 	}
-	return s.cfg.Changes.Follow(ctx, t.step)
+	return s.cfg.Changes.Follow(ctx, feed.Interest{Owned: true, Shards: shards}, t.step)
 }
 
 // tail is one open stream.

@@ -24,7 +24,7 @@ type Changes interface {
 	Now(ctx context.Context) (feed.Cursor, time.Time, error)
 	ReadTuples(ctx context.Context, c feed.Cursor, shards feed.Range, region string, emit func(tuple []byte) error) (feed.Read, error)
 	ReadResources(ctx context.Context, c feed.Cursor, sel feed.Selection, emit func(*store.Resource) error) (feed.Read, error)
-	Follow(ctx context.Context, step func(context.Context) (more bool, err error)) error
+	Follow(ctx context.Context, want feed.Interest, step func(context.Context) (more bool, err error)) error
 }
 
 // Limits of a watch.
@@ -63,7 +63,7 @@ func (s *Server) watch(ctx context.Context, req *dbcontrollerv1.WatchRequest, se
 			return err
 		}
 	}
-	return s.cfg.Changes.Follow(ctx, func(ctx context.Context) (bool, error) {
+	return s.cfg.Changes.Follow(ctx, feed.Interest{}, func(ctx context.Context) (bool, error) {
 		more, err := w.step(ctx)
 		if errors.Is(err, feed.ErrCursorLost) {
 			return true, w.snapshot(ctx, true)

@@ -27,6 +27,11 @@ const (
 func (s *session) compare(ctx context.Context) error {
 	n := s.n
 	n.progressed(0, 1)
+	if held, err := n.peer.cfg.Target.CopyDigests(ctx, n.shards, n.peer.key.Region); err != nil {
+		return fmt.Errorf("digests of copies of %s: %w", n, err)
+	} else if len(held) == 0 {
+		return s.copyAll(ctx, digests{epoch: s.epoch}) // nothing to compare with: the owner need not read its rows twice
+	}
 	d, err := s.digests(ctx)
 	if err != nil {
 		return err
@@ -234,8 +239,10 @@ func (s *session) copyAll(ctx context.Context, d digests) error {
 			return fmt.Errorf("copy %s: %w", n, err)
 		}
 		done += int64(c.Count)
-		n.progressed(done, d.owned)
-		n.copying(d.owned - max(done, d.held))
+		if d.owned > 0 { // else nobody has counted, and the progress stays unknown
+			n.progressed(done, d.owned)
+			n.copying(d.owned - max(done, d.held))
+		}
 		c = Chunk{c.Rows[:0], 0}
 		return nil
 	}

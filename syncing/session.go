@@ -24,6 +24,7 @@ type session struct {
 	source Source
 
 	started chan struct{} // closed at the first frame: the owner has taken the position from which it will tell everything
+	epoch   int64         // of the owner; set before started is closed
 	frames  chan *Frame   // unbuffered: the reader holds one frame while another is applied
 	work    chan func(context.Context)
 	caught  watermark
@@ -70,6 +71,7 @@ func (s *session) read(ctx context.Context, from feed.Cursor) error {
 			return &SourceError{CursorLost, "tail", fmt.Errorf("the owner's epoch rose from %d to %d", epoch, f.Epoch)}
 		}
 		if first {
+			s.epoch = epoch
 			close(s.started)
 			first = false
 		}

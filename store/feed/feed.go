@@ -81,7 +81,7 @@ func (f *Feed) Now(ctx context.Context) (Cursor, time.Time, error) {
 func (f *Feed) ReadTuples(ctx context.Context, c Cursor, shards Range, region string, emit func(tuple []byte) error) (Read, error) {
 	const where = ` AND shard >= $5 AND shard < $6 AND owning_region = (SELECT region FROM ctl.deployment_state) AND ` + row.Concerns
 	var buf []byte
-	return f.read(ctx, c, row.Wire, where, []any{row.RegionKeys(region), shards.From, shards.To}, func(rows pgx.Rows) error {
+	return f.read(ctx, c, row.Wire, row.Source, where, []any{row.RegionKeys(region), shards.From, shards.To}, func(rows pgx.Rows) error {
 		buf = row.Append(buf[:0], rows.RawValues()[1:])
 		return emit(buf)
 	})
@@ -98,7 +98,7 @@ type Selection struct {
 // ReadResources delivers what became visible after c: owned rows and read copies. A tombstone has state Gone and no content.
 func (f *Feed) ReadResources(ctx context.Context, c Cursor, sel Selection, emit func(*store.Resource) error) (Read, error) {
 	const where = ` AND ($1 = '' OR type = $1) AND ($5 = '' OR starts_with(name, $5))`
-	return f.read(ctx, c, row.ResourceColumns, where, []any{sel.Type, sel.Prefix}, func(rows pgx.Rows) error {
+	return f.read(ctx, c, row.ResourceColumns, resources, where, []any{sel.Type, sel.Prefix}, func(rows pgx.Rows) error {
 		var change string
 		r, err := row.ScanResource(rows, &change)
 		if err != nil {
@@ -108,9 +108,11 @@ func (f *Feed) ReadResources(ctx context.Context, c Cursor, sel Selection, emit 
 	})
 }
 
-// read runs one read. Parameter $1 is the first of filter (columns may use it), $2 the ids in progress at c, $3 xmax of c, $4 the limit,
+func resources(rest string) string { return "(SELECT * FROM resources " + rest + ") r" }
+
+// read runs one read: columns of the rows in source. Parameter $1 is the first of filter (columns may use it), $2 the ids in progress at c, $3 xmax of c, $4 the limit,
 // and from $5 on the rest of filter.
-func (f *Feed) read(ctx context.Context, c Cursor, columns, where string, filter []any, deliver func(pgx.Rows) error) (read Read, err error) {
+func (f *Feed) read(ctx context.Context, c Cursor, columns string, source func(rest string) string, where string, filter []any, deliver func(pgx.Rows) error) (read Read, err error) {
 	if c.IsZero() {
 		return Read{}, errors.New("read the change feed: no cursor")
 	}
@@ -130,10 +132,9 @@ func (f *Feed) read(ctx context.Context, c Cursor, columns, where string, filter
 	var b pgx.Batch
 	b.Queue("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 	b.Queue(positionSQL)
-	b.Queue(`(SELECT change::text, `+columns+` FROM resources WHERE change = ANY ($2::text[]::xid8[])`+where+`)
-		UNION ALL
-		(SELECT change::text, `+columns+` FROM resources WHERE change >= $3::text::xid8`+where+`
-		 ORDER BY resources.change FETCH FIRST ($4::bigint) ROWS WITH TIES)`, args...)
+	columns = "SELECT change::text, " + columns + " FROM "
+	b.Queue(columns+source("WHERE change = ANY ($2::text[]::xid8[])"+where+" OFFSET 0")+" UNION ALL "+
+		columns+source("WHERE change >= $3::text::xid8"+where+" ORDER BY change FETCH FIRST ($4::bigint) ROWS WITH TIES"), args...)
 	b.Queue("COMMIT")
 	results := conn.SendBatch(ctx, &b)
 	defer func() {

@@ -449,7 +449,7 @@ func TestFollowHearsHints(t *testing.T) {
 		seen := make(chan string, 1000)
 		following, end := context.WithCancel(ctx)
 		wg.Go(func() {
-			_ = reader.Feed().Follow(following, func(ctx context.Context) (bool, error) {
+			_ = reader.Feed().Follow(following, feed.Interest{Owned: true, Shards: feed.Range{To: 4096}}, func(ctx context.Context) (bool, error) {
 				r, err := reader.Feed().ReadResources(ctx, cursor, feed.Selection{Type: "Book", Prefix: "shelves/"}, func(r *store.Resource) error {
 					seen <- r.Name
 					return nil

@@ -20,6 +20,9 @@ import (
 	"github.com/dbcontroller/db-controller/store/feed"
 )
 
+// readGap spares the database: policies change rarely, everything else often.
+const readGap = 100 * time.Millisecond
+
 // maxKept bounds the memory; beyond it everything is read again.
 const maxKept = 100_000
 
@@ -147,7 +150,7 @@ func (c *Cache) followOnce(ctx context.Context, f *feed.Feed, typ string) error 
 		return err
 	}
 	c.forgetAll() // what was kept may have changed before that cursor
-	return f.Follow(ctx, func(ctx context.Context) (bool, error) {
+	return f.Follow(ctx, feed.Interest{Gap: readGap}, func(ctx context.Context) (bool, error) {
 		r, err := f.ReadResources(ctx, cursor, feed.Selection{Type: typ}, func(r *store.Resource) error {
 			c.Forget(r.Name)
 			return nil

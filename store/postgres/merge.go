@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -50,29 +51,42 @@ type Merged struct {
 // ErrStaleEpoch means that the rows were read in an epoch of the peer that has ended.
 var ErrStaleEpoch = errors.New("the peer has started a new epoch since these rows were read")
 
-const createStageSQL = `CREATE TEMP TABLE stage (name text COLLATE "C", type text COLLATE "C", uuid uuid, epoch bigint, resource_version bigint, generation bigint, shard int,
-	owning_region text COLLATE "C", regions text[], state smallint, block_deletion boolean, create_time timestamptz, update_time timestamptz, delete_time timestamptz,
-	meta jsonb, body jsonb) ON COMMIT DELETE ROWS`
-
 // mergeSQL takes a row if it is newer than the one held, or if the one held is of an older epoch and differs: about those the owner is right, which
-// may have lost the state that was copied here.
+// may have lost the state that was copied here. Names that another region owns go to the quarantine; a row that is taken leaves it. Nothing
+// happens once the peer has started a newer epoch than the one in which the rows were read. For the subqueries see writeSQL.
 const mergeSQL = `
-	INSERT INTO resources AS t (` + row.Columns + `) SELECT ` + row.Columns + ` FROM stage ORDER BY name
+WITH input AS MATERIALIZED (
+	SELECT name, type, uuid, epoch, resource_version, generation, shard, owning_region, regions::text[] AS regions, state, block_deletion,
+		create_time, update_time, delete_time, meta, body
+	FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::uuid[]), (SELECT $4::bigint[]), (SELECT $5::bigint[]), (SELECT $6::bigint[]),
+			(SELECT $7::int[]), (SELECT $8::text[]), (SELECT $9::text[]), (SELECT $10::smallint[]), (SELECT $11::bool[]), (SELECT $12::timestamptz[]),
+			(SELECT $13::timestamptz[]), (SELECT $14::timestamptz[]), (SELECT $15::jsonb[]), (SELECT $16::jsonb[]))
+		AS i (` + row.Columns + `)
+	WHERE ` + epochStands + `
+), merged AS (
+	INSERT INTO resources AS t (` + row.Columns + `) SELECT ` + row.Columns + ` FROM input ORDER BY name
 	ON CONFLICT (name) DO UPDATE SET type = excluded.type, uuid = excluded.uuid, epoch = excluded.epoch, resource_version = excluded.resource_version,
 		generation = excluded.generation, change = pg_current_xact_id(), regions = excluded.regions, left_regions = '{}', state = excluded.state,
 		block_deletion = excluded.block_deletion, create_time = excluded.create_time, update_time = excluded.update_time, delete_time = excluded.delete_time,
 		meta = excluded.meta, body = excluded.body
 	WHERE t.owning_region = excluded.owning_region AND ((t.epoch, t.resource_version) < (excluded.epoch, excluded.resource_version)
-		OR t.epoch < $1 AND (t.epoch, t.resource_version, t.uuid, t.state) <> (excluded.epoch, excluded.resource_version, excluded.uuid, excluded.state))`
-
-const disputedSQL = `
+		OR t.epoch < $17 AND (t.epoch, t.resource_version, t.uuid, t.state) <> (excluded.epoch, excluded.resource_version, excluded.uuid, excluded.state))
+	RETURNING name
+), disputed AS (
 	INSERT INTO ctl.quarantine AS q (version, name, source_region, epoch, resource_version, cause)
-	SELECT $1, s.name, $2, s.epoch, s.resource_version, 'OwnerDispute: the row here is owned by region ' || t.owning_region
-	FROM stage s JOIN resources t ON t.name = s.name WHERE t.owning_region <> s.owning_region
+	SELECT $20, s.name, $19, s.epoch, s.resource_version, 'OwnerDispute: the row here is owned by region ' || t.owning_region
+	FROM input s CROSS JOIN LATERAL (SELECT owning_region FROM resources WHERE name = s.name OFFSET 0) t
+	WHERE s.name NOT IN (SELECT name FROM merged) AND t.owning_region <> s.owning_region
 	ON CONFLICT (version, source_region, name) DO UPDATE SET epoch = excluded.epoch, resource_version = excluded.resource_version, cause = excluded.cause,
-		tries = q.tries + 1, last_seen = now()`
+		tries = q.tries + 1, last_seen = now()
+	RETURNING name
+), cleared AS (
+	DELETE FROM ctl.quarantine q USING merged m WHERE q.version = $20 AND q.source_region = $19 AND q.name = m.name
+)
+SELECT (SELECT count(*) FROM merged), (SELECT count(*) FROM disputed), ` + epochStands
 
-const clearedSQL = `DELETE FROM ctl.quarantine q USING stage s WHERE q.version = $1 AND q.source_region = $2 AND q.name = s.name`
+// epochStands is the condition that the epoch in $17 is the latest one seen of the peer $18, $19.
+const epochStands = `(SELECT epoch FROM ctl.peer_epoch WHERE service = $18 AND region = $19) = $17`
 
 const quarantineSQL = `
 	INSERT INTO ctl.quarantine AS q (version, name, source_region, epoch, resource_version, cause) VALUES ($1, $2, $3, $4, $5, $6)
@@ -92,7 +106,7 @@ func (s *Store) Merge(ctx context.Context, b Batch) (Merged, error) {
 	}
 	merged, err := s.merge(ctx, b)
 	if merged.Applied > 0 {
-		s.hub.Committed()
+		s.hub.Committed(false)
 	}
 	return merged, err
 }
@@ -156,66 +170,11 @@ func halve(b Batch) (first, second Batch) {
 
 func (s *Store) mergeOnce(ctx context.Context, b Batch) (merged Merged, err error) {
 	err = s.pool.AcquireFunc(ctx, func(pc *pgxpool.Conn) error {
-		c := pc.Conn()
-		defer func() {
-			if c.PgConn().TxStatus() != 'I' && !c.IsClosed() {
-				if _, rerr := c.Exec(context.WithoutCancel(ctx), "ROLLBACK"); rerr != nil {
-					_ = c.Close(context.WithoutCancel(ctx)) // the pool replaces it
-				}
-			}
-		}()
-		if b.Rows > 0 && !b.Empty {
-			if err := ensureStage(ctx, c); err != nil {
-				return err
-			}
+		if b.Empty && b.Rows > 0 {
+			merged, err = s.copyIn(ctx, pc.Conn(), b)
+		} else {
+			merged, err = s.mergeIn(ctx, pc.Conn(), b)
 		}
-		begin := "BEGIN"
-		if b.Empty {
-			// The rows are all new: those that a crash takes back come again, and no reader has seen one of them go back to an older version.
-			begin = "BEGIN; SET LOCAL synchronous_commit = off"
-		}
-		if _, err := c.Exec(ctx, begin, pgx.QueryExecModeSimpleProtocol); err != nil {
-			return err
-		}
-		var epoch int64
-		last := pgx.Batch{}
-		switch {
-		case b.Rows > 0 && b.Empty:
-			tag, err := copyTuples(ctx, c, "COPY resources ("+row.Columns+") FROM STDIN (FORMAT binary)", b.Tuples)
-			if err != nil {
-				return err
-			}
-			merged.Applied = int(tag.RowsAffected())
-		case b.Rows > 0:
-			if _, err := copyTuples(ctx, c, "COPY stage FROM STDIN (FORMAT binary)", b.Tuples); err != nil {
-				return err
-			}
-			tag, err := c.Exec(ctx, mergeSQL, b.Peer.Epoch)
-			if err != nil {
-				return err
-			}
-			merged.Applied = int(tag.RowsAffected())
-			last.Queue(clearedSQL, s.cfg.Version, b.Peer.Region)
-			if merged.Applied < b.Rows { // replays, or names that somebody else owns
-				last.Queue(disputedSQL, s.cfg.Version, b.Peer.Region).Exec(func(tag pgconn.CommandTag) error {
-					merged.Quarantined = int(tag.RowsAffected())
-					return nil
-				})
-			}
-		}
-		if !b.Cursor.IsZero() {
-			last.Queue(saveCursorSQL, b.Peer.Service, b.Peer.Region, s.cfg.Version, b.Shards.String(), b.Cursor.Epoch, b.Cursor.Snapshot.String())
-		}
-		// Last, so that next to nothing can slip in between; what does is of an old epoch, and the next audit repairs it.
-		last.Queue("SELECT epoch FROM ctl.peer_epoch WHERE service = $1 AND region = $2", b.Peer.Service, b.Peer.Region).
-			QueryRow(func(r pgx.Row) error { return r.Scan(&epoch) })
-		if err := c.SendBatch(ctx, &last).Close(); err != nil {
-			return err
-		}
-		if epoch != b.Peer.Epoch {
-			return ErrStaleEpoch
-		}
-		_, err := c.Exec(ctx, "COMMIT", pgx.QueryExecModeSimpleProtocol)
 		return err
 	})
 	if err != nil {
@@ -224,27 +183,98 @@ func (s *Store) mergeOnce(ctx context.Context, b Batch) (merged Merged, err erro
 	return merged, nil
 }
 
-// ensureStage makes the staging table once per connection.
-func ensureStage(ctx context.Context, c *pgx.Conn) error {
-	const key = "stage"
-	if c.PgConn().CustomData()[key] != nil {
+// mergeIn merges rows and saves the cursor in one round trip: one implicit transaction of two statements, whose parameters are the fields of the
+// tuples as they came, a column at a time.
+func (s *Store) mergeIn(ctx context.Context, c *pgx.Conn, b Batch) (merged Merged, err error) {
+	pg := c.PgConn()
+	if err := prepareMerge(ctx, pg); err != nil {
+		return Merged{}, err
+	}
+	var batch pgconn.Batch
+	params, formats := row.Transpose(b.Tuples, b.Rows)
+	batch.ExecPrepared(mergeName, append(params, binary.BigEndian.AppendUint64(nil, uint64(b.Peer.Epoch)), []byte(b.Peer.Service), []byte(b.Peer.Region), []byte(s.cfg.Version)),
+		append(formats, 1, 0, 0, 0), nil)
+	if !b.Cursor.IsZero() {
+		batch.ExecPrepared(saveCursorName, [][]byte{[]byte(b.Peer.Service), []byte(b.Peer.Region), []byte(s.cfg.Version), []byte(b.Shards.String()),
+			strconv.AppendInt(nil, b.Cursor.Epoch, 10), []byte(b.Cursor.Snapshot.String()), strconv.AppendInt(nil, b.Peer.Epoch, 10)}, nil, nil)
+	}
+	results, err := pg.ExecBatch(ctx, &batch).ReadAll()
+	if err != nil {
+		return Merged{}, err
+	}
+	counts := results[0].Rows[0]
+	if merged.Applied, err = strconv.Atoi(string(counts[0])); err != nil {
+		return Merged{}, err
+	}
+	if merged.Quarantined, err = strconv.Atoi(string(counts[1])); err != nil {
+		return Merged{}, err
+	}
+	if string(counts[2]) != "t" {
+		return Merged{}, ErrStaleEpoch
+	}
+	return merged, nil
+}
+
+// Names of the statements that each connection prepares before its first merge.
+const (
+	mergeName      = "dbcontroller_merge"
+	saveCursorName = "dbcontroller_save_cursor"
+)
+
+func prepareMerge(ctx context.Context, pg *pgconn.PgConn) error {
+	if pg.CustomData()[mergeName] != nil {
 		return nil
 	}
-	if _, err := c.Exec(ctx, createStageSQL); err != nil {
-		return fmt.Errorf("make staging table: %w", err)
+	if _, err := pg.Prepare(ctx, mergeName, mergeSQL, nil); err != nil {
+		return fmt.Errorf("prepare merge: %w", err)
 	}
-	c.PgConn().CustomData()[key] = true
+	const saveMergedSQL = `SELECT ctl.save_cursor($1, $2, $3, $4::text::int4range, $5, $6) WHERE (SELECT epoch FROM ctl.peer_epoch WHERE service = $1 AND region = $2) = $7::bigint`
+	if _, err := pg.Prepare(ctx, saveCursorName, saveMergedSQL, nil); err != nil {
+		return fmt.Errorf("prepare merge: %w", err)
+	}
+	pg.CustomData()[mergeName] = true
 	return nil
+}
+
+// copyIn copies rows straight into the table. The rows are all new: those that a crash takes back come again, and no reader has seen one of them go
+// back to an older version; so the commit need not wait for the disk.
+func (s *Store) copyIn(ctx context.Context, c *pgx.Conn, b Batch) (merged Merged, err error) {
+	defer func() {
+		if c.PgConn().TxStatus() != 'I' && !c.IsClosed() {
+			if _, rerr := c.Exec(context.WithoutCancel(ctx), "ROLLBACK"); rerr != nil {
+				_ = c.Close(context.WithoutCancel(ctx)) // the pool replaces it
+			}
+		}
+	}()
+	if _, err := c.Exec(ctx, "BEGIN; SET LOCAL synchronous_commit = off", pgx.QueryExecModeSimpleProtocol); err != nil {
+		return Merged{}, err
+	}
+	tag, err := c.PgConn().CopyFrom(ctx, io.MultiReader(bytes.NewReader(copyHeader), bytes.NewReader(b.Tuples), bytes.NewReader(copyTrailer)),
+		"COPY resources ("+row.Columns+") FROM STDIN (FORMAT binary)")
+	if err != nil {
+		return Merged{}, err
+	}
+	last := pgx.Batch{}
+	if !b.Cursor.IsZero() {
+		last.Queue(saveCursorSQL, b.Peer.Service, b.Peer.Region, s.cfg.Version, b.Shards.String(), b.Cursor.Epoch, b.Cursor.Snapshot.String())
+	}
+	var epoch int64
+	last.Queue("SELECT epoch FROM ctl.peer_epoch WHERE service = $1 AND region = $2", b.Peer.Service, b.Peer.Region).
+		QueryRow(func(r pgx.Row) error { return r.Scan(&epoch) })
+	if err := c.SendBatch(ctx, &last).Close(); err != nil {
+		return Merged{}, err
+	}
+	if epoch != b.Peer.Epoch {
+		return Merged{}, ErrStaleEpoch
+	}
+	_, err = c.Exec(ctx, "COMMIT", pgx.QueryExecModeSimpleProtocol)
+	return Merged{Applied: int(tag.RowsAffected())}, err
 }
 
 var (
 	copyHeader  = append([]byte("PGCOPY\n\xff\r\n\x00"), 0, 0, 0, 0, 0, 0, 0, 0)
 	copyTrailer = binary.BigEndian.AppendUint16(nil, 0xffff)
 )
-
-func copyTuples(ctx context.Context, c *pgx.Conn, sql string, tuples []byte) (pgconn.CommandTag, error) {
-	return c.PgConn().CopyFrom(ctx, io.MultiReader(bytes.NewReader(copyHeader), bytes.NewReader(tuples), bytes.NewReader(copyTrailer)), sql)
-}
 
 // noteEpoch writes down a peer's epoch that is new, and refuses one that has ended.
 func (s *Store) noteEpoch(ctx context.Context, p Peer) error {
@@ -326,7 +356,7 @@ func (s *Store) DeleteExtras(ctx context.Context, p Peer, extras []NameVersion) 
 		return 0, wrap(err, "delete %d copies of %s", len(extras), p.Region)
 	}
 	if tag.RowsAffected() > 0 {
-		s.hub.Committed()
+		s.hub.Committed(false)
 	}
 	return int(tag.RowsAffected()), nil
 }
@@ -349,7 +379,7 @@ func (s *Store) DropCopies(ctx context.Context, service, owner string, limit int
 		return err
 	})
 	if n > 0 {
-		s.hub.Committed()
+		s.hub.Committed(false)
 	}
 	return int(n), wrap(err, "drop copies of %s", owner)
 }

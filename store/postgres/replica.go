@@ -101,14 +101,14 @@ func (s *Store) FetchNames(ctx context.Context, names []string, region string, e
 	if len(names) > MaxFetch {
 		return store.Invalid("names", "has more than 5000 entries: ask in several calls")
 	}
-	err := emitTuples(ctx, s.pool, emit, "SELECT "+row.Wire+" FROM resources WHERE name = ANY ($2)"+ownedHere+" AND "+row.Concerns, row.RegionKeys(region), names)
+	err := emitTuples(ctx, s.pool, emit, "SELECT "+row.Wire+" FROM "+row.Source("WHERE name = ANY ($2)"+ownedHere+" AND "+row.Concerns+" OFFSET 0"), row.RegionKeys(region), names)
 	return wrap(err, "fetch rows by name")
 }
 
 // FetchShards emits every live row of the shards that region should hold.
 func (s *Store) FetchShards(ctx context.Context, shards feed.Range, region string, emit func(tuple []byte) error) error {
 	err := s.scan(ctx, func(tx pgx.Tx) error {
-		return emitTuples(ctx, tx, emit, "SELECT "+row.Wire+" FROM resources WHERE shard >= $2 AND shard < $3"+ownedHere+" AND "+row.Held,
+		return emitTuples(ctx, tx, emit, "SELECT "+row.WireHeld+" FROM resources WHERE shard >= $2 AND shard < $3"+ownedHere+" AND "+row.Held,
 			row.RegionKeys(region), shards.From, shards.To)
 	})
 	return wrap(err, "fetch rows of shards %v", shards)

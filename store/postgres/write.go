@@ -106,8 +106,8 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 		var results []store.Result
 		results, err = s.tryWrite(ctx, writes, attempt > 0)
 		if err == nil {
-			if changed(results) {
-				s.hub.Committed()
+			if shards := s.changed(results); len(shards) > 0 {
+				s.hub.Committed(true, shards...)
 			}
 			return results, nil
 		}
@@ -134,13 +134,18 @@ func checkBatch(writes []store.Write) error {
 	return nil
 }
 
-func changed(results []store.Result) bool {
+// changed returns the shards in which something was written.
+func (s *Store) changed(results []store.Result) (shards []int32) {
 	for _, r := range results {
 		if r.Changed {
-			return true
+			shards = append(shards, s.shard(r.Resource.Name))
 		}
 	}
-	return false
+	return shards
+}
+
+func (s *Store) shard(name string) int32 {
+	return int32(descriptor.Shard(name, s.cfg.Ring))
 }
 
 // errReread means that a row changed between the read for a mask and the write.
@@ -227,7 +232,7 @@ func (s *Store) statement(writes []store.Write) (sql string, args []any, err err
 	ifEpoch, ifNumber, allow := make([]int64, n), make([]int64, n), make([]bool, n)
 	for i, w := range writes {
 		names[i], ops[i] = w.Name, int32(w.Op)
-		shards[i] = int32(descriptor.Shard(w.Name, s.cfg.Ring))
+		shards[i] = s.shard(w.Name)
 		if w.OwningRegion != "" {
 			owners[i] = &w.OwningRegion
 		}

@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgtype"
+
 	"github.com/dbcontroller/db-controller/store"
 )
 
@@ -20,22 +22,29 @@ const Layout = 1
 // Columns of a tuple, in order, as they are named in the resources table.
 const Columns = "name, type, uuid, epoch, resource_version, generation, shard, owning_region, regions, state, block_deletion, create_time, update_time, delete_time, meta, body"
 
-// Wire is the SELECT list for Columns as one region should hold them: a row that region must not hold (deleted, or moved away by
-// policy) is a tombstone without content. The parameter $1 is text[]: the region and '*'. jsonb_send forces the binary form, which the
+// Wire is the SELECT list for Columns, from Source, as one region should hold them: a row that region must not hold (deleted, or moved away by
+// policy) is a tombstone without content. WireHeld is the same for rows that are known to be held. jsonb_send forces the binary form, which the
 // driver would not choose by itself.
-const Wire = `name, type, uuid, epoch, resource_version, generation, shard, owning_region,
-	CASE WHEN ` + Held + ` THEN regions ELSE '{}' END,
-	CASE WHEN ` + Held + ` THEN state ELSE 2::int2 END,
-	block_deletion, create_time, update_time,
-	CASE WHEN ` + Held + ` THEN delete_time ELSE coalesce(delete_time, update_time) END,
-	CASE WHEN ` + Held + ` THEN jsonb_send(meta) ELSE jsonb_send('{}') END,
-	CASE WHEN ` + Held + ` THEN jsonb_send(body) END`
+const (
+	Wire = `name, type, uuid, epoch, resource_version, generation, shard, owning_region,
+	CASE WHEN held THEN regions ELSE '{}' END, CASE WHEN held THEN state ELSE 2::int2 END, block_deletion, create_time, update_time,
+	CASE WHEN held THEN delete_time ELSE coalesce(delete_time, update_time) END,
+	CASE WHEN held THEN jsonb_send(meta) ELSE jsonb_send('{}') END, CASE WHEN held THEN jsonb_send(body) END`
+	WireHeld = `name, type, uuid, epoch, resource_version, generation, shard, owning_region, regions, state, block_deletion, create_time, update_time,
+	delete_time, jsonb_send(meta), jsonb_send(body)`
+)
 
-// Held is the condition on a row that the region in $1 should hold it, and Concerns that it should hold it or hear of its removal.
+// Held is the condition on a row that the region in $1 should hold it, and Concerns that it should hold it or hear of its removal. $1 is RegionKeys.
 const (
 	Held     = `(state <> 2 AND regions && $1)`
 	Concerns = `(regions && $1 OR left_regions && $1)`
 )
+
+// Source is the table as Wire reads it, limited by the rest of a SELECT from WHERE on, which must keep the planner from merging the subquery (by a limit
+// or OFFSET 0): Held is then evaluated once a row.
+func Source(rest string) string {
+	return "(SELECT *, " + Held + " AS held FROM resources " + rest + ") r"
+}
 
 // Positions of the fields that are read on the way.
 const (
@@ -44,6 +53,7 @@ const (
 	fieldVersion    = 4
 	fieldShard      = 6
 	fieldOwner      = 7
+	fieldRegions    = 8
 	fieldState      = 9
 	fieldUpdateTime = 12
 	numFields       = 16
@@ -158,4 +168,71 @@ func (t *Tuple) parse(data []byte) (rest []byte, err error) {
 	}
 	t.raw = data[:at:at]
 	return data[at:], nil
+}
+
+// fieldTypes are the types of the fields, as PostgreSQL's object ids.
+var fieldTypes = [numFields]uint32{pgtype.TextOID, pgtype.TextOID, pgtype.UUIDOID, pgtype.Int8OID, pgtype.Int8OID, pgtype.Int8OID, pgtype.Int4OID, pgtype.TextOID,
+	pgtype.TextOID, pgtype.Int2OID, pgtype.BoolOID, pgtype.TimestamptzOID, pgtype.TimestamptzOID, pgtype.TimestamptzOID, pgtype.JSONBOID, pgtype.JSONBOID}
+
+// Transpose returns the fields of n tuples, which Walk has found well-formed, as binary arrays, one for each column, for a statement that unnests them.
+// Only regions change their form: an array of arrays would be flattened, so they become text literals.
+func Transpose(data []byte, n int) (columns [][]byte, formats []int16) {
+	columns, formats = make([][]byte, numFields, numFields+4), make([]int16, numFields, numFields+4)
+	for i := range columns {
+		columns[i] = make([]byte, 0, 20+max(len(data)/numFields, 16*n))
+		columns[i] = binary.BigEndian.AppendUint32(columns[i], 1) // dimensions
+		columns[i] = binary.BigEndian.AppendUint32(columns[i], 1) // there may be NULLs
+		columns[i] = binary.BigEndian.AppendUint32(columns[i], fieldTypes[i])
+		columns[i] = binary.BigEndian.AppendUint32(columns[i], uint32(n))
+		columns[i] = binary.BigEndian.AppendUint32(columns[i], 1) // lower bound
+		formats[i] = 1
+	}
+	var literal []byte
+	_ = Walk(data, func(t *Tuple) error {
+		for i, v := range t.fields {
+			if v == nil {
+				columns[i] = append(columns[i], 0xff, 0xff, 0xff, 0xff)
+				continue
+			}
+			if i == fieldRegions {
+				literal = appendLiteral(literal[:0], v)
+				v = literal
+			}
+			columns[i] = binary.BigEndian.AppendUint32(columns[i], uint32(len(v)))
+			columns[i] = append(columns[i], v...)
+		}
+		return nil
+	})
+	return columns, formats
+}
+
+// appendLiteral turns a binary text[] into its text form. An array that is malformed becomes a literal that PostgreSQL refuses, like any other poison.
+func appendLiteral(buf, array []byte) []byte {
+	if len(array) == 12 { // no dimension: empty
+		return append(buf, "{}"...)
+	}
+	buf = append(buf, '{')
+	for rest := array[min(20, len(array)):]; len(rest) > 0; {
+		if len(rest) < 4 {
+			return buf
+		}
+		n := int(int32(binary.BigEndian.Uint32(rest)))
+		rest = rest[4:]
+		if n < 0 || n > len(rest) {
+			return buf
+		}
+		if len(buf) > 1 {
+			buf = append(buf, ',')
+		}
+		buf = append(buf, '"')
+		for _, c := range rest[:n] {
+			if c == '"' || c == '\\' {
+				buf = append(buf, '\\')
+			}
+			buf = append(buf, c)
+		}
+		buf = append(buf, '"')
+		rest = rest[n:]
+	}
+	return append(buf, '}')
 }
