@@ -88,8 +88,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	pc.ConnConfig.RuntimeParams["search_path"] = cfg.Version
 	pc.ConnConfig.RuntimeParams["application_name"] = "db-controller " + cfg.Service + " " + cfg.Region
 	pc.ConnConfig.RuntimeParams["jit"] = "off" // its compilation costs a thousand times what our statements do
-	// Nearly every statement is an index look-up, and its plan is kept for the life of a connection: one that was made while the table was small
-	// must not read it from end to end when it is large. What does want the whole table says so (scan).
+	// Nearly every statement is an index look-up that is planned once for the life of a connection: making a plan costs more than running it, and one
+	// that was made while the table was small must not read it from end to end when it is large. What depends on its parameters, or does want
+	// the whole table, says so (scan).
+	pc.ConnConfig.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
 	pc.ConnConfig.RuntimeParams["enable_seqscan"] = "off"
 	pc.ConnConfig.RuntimeParams["idle_in_transaction_session_timeout"] = "60s"
 	pc.ConnConfig.RuntimeParams["lock_timeout"] = "10s"

@@ -55,16 +55,19 @@ func (s *Store) List(ctx context.Context, q store.Query) (*store.Page, error) {
 	if err != nil {
 		return nil, err
 	}
-	rows, err := s.pool.Query(ctx, "SELECT "+c.Key+", "+row.ResourceColumns+" FROM resources WHERE state <> 2 AND "+c.Where+
-		" ORDER BY "+c.OrderBy+" LIMIT "+strconv.Itoa(c.PageSize+1), c.Args...)
-	if err != nil {
-		return nil, wrap(err, "list %s", q.Type)
-	}
 	var page store.Page
 	var keys []string
-	page.Resources, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (*store.Resource, error) {
-		keys = append(keys, "")
-		return row.ScanResource(r, &keys[len(keys)-1])
+	err = s.scan(ctx, func(tx pgx.Tx) error {
+		rows, err := tx.Query(ctx, "SELECT "+c.Key+", "+row.ResourceColumns+" FROM resources WHERE state <> 2 AND "+c.Where+
+			" ORDER BY "+c.OrderBy+" LIMIT "+strconv.Itoa(c.PageSize+1), c.Args...)
+		if err != nil {
+			return err
+		}
+		page.Resources, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (*store.Resource, error) {
+			keys = append(keys, "")
+			return row.ScanResource(r, &keys[len(keys)-1])
+		})
+		return err
 	})
 	if err != nil {
 		return nil, wrap(err, "list %s", q.Type)

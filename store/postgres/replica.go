@@ -49,10 +49,10 @@ func (s *Store) CopyDigests(ctx context.Context, shards feed.Range, owner string
 	return digests, wrap(err, "digest copies of %s in shards %v", owner, shards)
 }
 
-// scan runs do in a read-only snapshot in which reading a table from end to end is allowed.
+// scan runs do in a read-only snapshot whose statements are planned for their parameters and may read a table from end to end.
 func (s *Store) scan(ctx context.Context, do func(pgx.Tx) error) error {
 	return pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "SET LOCAL enable_seqscan = on"); err != nil {
+		if _, err := tx.Exec(ctx, "SET LOCAL enable_seqscan = on; SET LOCAL plan_cache_mode = auto", pgx.QueryExecModeSimpleProtocol); err != nil {
 			return err
 		}
 		return do(tx)
