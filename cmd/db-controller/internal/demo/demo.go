@@ -1,0 +1,425 @@
+// Package demo runs three regions on this machine with the same code as in production, shows them, and judges the result by itself.
+//
+//	demo.go     one run from the start to the verdict
+//	world.go    PostgreSQL, certificates, manifests, links with distance, three Deployments; and their end
+//	load.go     real input and synthetic writes, through the API servers
+//	probe.go    commit to visible, measured from outside
+//	sample.go   what the regions hold and say, now and again
+//	compare.go  the verdict: the databases compared by queries of its own
+//	screen.go   the table, or lines
+//
+// What the demo starts and writes is gone when Run returns: processes, databases and files.
+package demo
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Pair is two regions, in alphabetical order.
+type Pair [2]string
+
+// PairOf returns the pair of two regions.
+func PairOf(a, b string) Pair {
+	if a > b {
+		a, b = b, a
+	}
+	return Pair{a, b}
+}
+
+// Cut makes a region unreachable for a while.
+type Cut struct {
+	Region string
+	For    time.Duration
+}
+
+// Config of a run.
+type Config struct {
+	// DSN of an existing PostgreSQL server, on which databases are created and dropped again; empty starts a private one.
+	DSN string
+	// Latency is the round trip between two regions; a pair that is not in it has none.
+	Latency map[Pair]time.Duration
+	// Load is a file of resources, one JSON object per line, that is written in eu; empty loads a small data set.
+	Load string
+	// Rate is how many synthetic writes are made per second; only with the small data set.
+	Rate int
+	// Cuts happen one after the other, once the load has begun.
+	Cuts []Cut
+	// ExitWhenSynced ends the run when the load and the cuts are over and all databases agree.
+	ExitWhenSynced bool
+	// Timeout of a run with ExitWhenSynced.
+	Timeout time.Duration
+	// Insecure is plain text on loopback instead of mTLS.
+	Insecure bool
+	// Verbose shows the log of the Deployments.
+	Verbose bool
+	// JSON prints the summary as one line of JSON.
+	JSON bool
+	// Out gets the summary; Err everything else, drawn as a table if Terminal.
+	Out, Err io.Writer
+	Terminal bool
+}
+
+// ErrInterrupted is returned when a run was ended before there was something to judge.
+var ErrInterrupted = errors.New("interrupted before the load was complete, so nothing was compared")
+
+// settleTimeout is how long an interrupted run waits for the copies of the last writes.
+const settleTimeout = 20 * time.Second
+
+// cutDelay is from the start of the load, or the end of a cut, to the next cut.
+const cutDelay = 2 * time.Second
+
+// Summary is the result of a run.
+type Summary struct {
+	Regions int `json:"regions"`
+	// Owned and Copies are rows of all regions together.
+	Owned  int64 `json:"owned"`
+	Copies int64 `json:"copies"`
+	// Missing, Extra and Different are copies that are not as their owner's database says.
+	Missing   int64 `json:"missing"`
+	Extra     int64 `json:"extra"`
+	Different int64 `json:"different"`
+	// P50 and P99 are from commit to visible, in milliseconds.
+	P50 float64 `json:"p50_ms"`
+	P99 float64 `json:"p99_ms"`
+	// RowsPerSecond are copies applied in all regions together, from the start of the load until they were complete.
+	RowsPerSecond float64 `json:"rows_per_second"`
+}
+
+// Run runs the demo. It returns nil if a comparison of all databases has found nothing missing, extra or different. When ctx is done before the
+// load is complete, it stops at once with ErrInterrupted; later, it stops writing, waits for the last copies, and compares.
+func Run(ctx context.Context, cfg Config) (err error) {
+	r := &run{cfg: cfg, screen: newScreen(cfg.Err, cfg.Terminal)}
+	level := slog.LevelError + 1 // what goes wrong is in the table
+	if cfg.Verbose {
+		level = slog.LevelInfo
+	}
+	log := slog.New(slog.NewTextHandler(r.screen, &slog.HandlerOptions{Level: level}))
+
+	input, size, err := cfg.open()
+	if err != nil {
+		return err
+	}
+	defer input.Close()
+	r.input, r.size = input, size
+	r.screen.note("starting PostgreSQL and three regions of %s", service)
+	if r.world, err = open(ctx, cfg, log); err != nil {
+		if ctx.Err() != nil {
+			return errors.Join(ErrInterrupted, err)
+		}
+		return err
+	}
+	defer func() { err = errors.Join(err, r.world.close()) }()
+	r.introduce()
+	return r.all(ctx)
+}
+
+// open returns the input and its size in bytes.
+func (cfg Config) open() (io.ReadCloser, int64, error) {
+	if cfg.Load == "" {
+		data := builtInData()
+		return io.NopCloser(bytes.NewReader(data)), int64(len(data)), nil
+	}
+	f, err := os.Open(cfg.Load)
+	if err != nil {
+		return nil, 0, fmt.Errorf("--load: %w", err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, 0, errors.Join(fmt.Errorf("--load: %w", err), f.Close())
+	}
+	return f, info.Size(), nil
+}
+
+// run is the state of one run.
+type run struct {
+	cfg     Config
+	world   *world
+	screen  *screen
+	sampler *sampler
+	loader  *loader
+	prober  *prober
+	writer  *synthetic
+	input   io.Reader
+	size    int64 // of the input
+	began   time.Time
+	// perSecond is how many rows all regions together applied per second, until the copies were complete.
+	perSecond float64
+
+	mu       sync.Mutex
+	loadTook time.Duration // 0 until the load is over
+}
+
+// introduce says where to look.
+func (r *run) introduce() {
+	w := r.world
+	r.screen.note("three regions are up, on PostgreSQL %s", w.postgres)
+	for _, name := range Regions {
+		r.screen.note("  %s   API %s   status and metrics http://%s/statusz", name, w.regions[name].url, w.regions[name].ops.Addr())
+	}
+	for i, a := range Regions {
+		for _, b := range Regions[i+1:] {
+			r.screen.note("  %s-%s   %s round trip", a, b, r.cfg.Latency[PairOf(a, b)])
+		}
+	}
+	curl := "curl"
+	if !r.cfg.Insecure {
+		curl = fmt.Sprintf("curl --cacert %[1]s/ca.crt --cert %[1]s/you.crt --key %[1]s/you.key", w.dir)
+	}
+	r.screen.note("try, in another terminal:")
+	r.screen.note("  %s '%s/v1/sections'", curl, w.regions["us"].url)
+	r.screen.note("  %s -X PATCH -H 'Content-Type: application/json' -d '{\"title\":\"written in ap, owned by eu\"}' '%s/v1/sections/admin?update_mask=title'", curl, w.regions["ap"].url)
+	r.screen.note("  topology: %s (edits apply at once)", w.manifests)
+}
+
+// all loads, cuts and writes, and judges.
+func (r *run) all(ctx context.Context) error {
+	// What shows and measures goes on after ctx is done, until the verdict.
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer stop()
+	r.began = time.Now()
+	r.sampler = newSampler(r.world)
+	r.loader = &loader{world: r.world, region: r.world.regions[Regions[0]]}
+	r.prober = newProber(r.world)
+	r.writer = &synthetic{world: r.world}
+	r.screen.sampler, r.screen.extra = r.sampler, r.progress
+
+	limited := ctx
+	if r.cfg.ExitWhenSynced {
+		var cancel context.CancelFunc
+		limited, cancel = context.WithTimeoutCause(ctx, r.cfg.Timeout, errTimeout)
+		defer cancel()
+	}
+	writing, stopWriting := context.WithCancel(limited)
+	defer stopWriting()
+	before := r.sampler.now()
+	watching.Go(func() { r.sampler.run(background) })
+	watching.Go(func() { r.screen.run(background) })
+	watching.Go(func() { r.prober.run(writing, background) })
+
+	if err := r.act(limited, writing, &watching); err != nil {
+		return r.cause(ctx, limited, err)
+	}
+	if err := r.waitComplete(limited); err == nil {
+		after := r.sampler.now()
+		took := after.at.Sub(r.began)
+		r.perSecond = float64(after.applied-before.applied) / took.Seconds()
+		r.screen.note("all copies are there, %.1fs after the load began: %s rows applied, %s rows/s", took.Seconds(),
+			grouped(after.applied-before.applied), grouped(int64(r.perSecond)))
+	} else if r.cfg.ExitWhenSynced && ctx.Err() != nil {
+		return ErrInterrupted
+	}
+
+	settling := limited
+	if !r.cfg.ExitWhenSynced {
+		r.screen.note("running until Ctrl-C, which ends the writes and compares the databases")
+		select {
+		case <-ctx.Done():
+		case <-r.world.ctx.Done():
+			return r.failure()
+		}
+		var cancel context.CancelFunc
+		settling, cancel = context.WithTimeout(background, settleTimeout)
+		defer cancel()
+	}
+	stopWriting()
+	found, err := r.judge(settling, background)
+	if err != nil {
+		return r.cause(ctx, limited, err)
+	}
+	if r.cfg.ExitWhenSynced && ctx.Err() != nil && !found.equal() {
+		return ErrInterrupted
+	}
+	stop()
+	watching.Wait() // nothing shall be printed after the summary
+	return r.summarize(found)
+}
+
+var errTimeout = errors.New("the regions were not in sync in time (--timeout)")
+
+// cause says why a run ended early: because the user wanted it, because the time was up, or because of err.
+func (r *run) cause(ctx, limited context.Context, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return ErrInterrupted
+	case limited.Err() != nil:
+		return fmt.Errorf("%w: %w", context.Cause(limited), err)
+	}
+	return err
+}
+
+func (r *run) failure() error {
+	return fmt.Errorf("a part of the demo has failed: %w", context.Cause(r.world.ctx))
+}
+
+// act loads and cuts, and starts the synthetic writes. It returns when load and cuts are over.
+func (r *run) act(ctx, writing context.Context, watching *sync.WaitGroup) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(r.world.ctx, cancel)()
+	acts, ctx := errgroup.WithContext(ctx)
+	acts.Go(func() error {
+		if err := r.load(ctx); err != nil {
+			return err
+		}
+		if r.cfg.Load == "" && r.cfg.Rate > 0 {
+			r.screen.note("writing %d times a second", r.cfg.Rate)
+			watching.Go(func() { r.writer.run(writing, r.cfg.Rate) })
+		}
+		return nil
+	})
+	acts.Go(func() error { return r.cut(ctx) })
+	err := acts.Wait()
+	if r.world.ctx.Err() != nil {
+		return r.failure() // which is why the others ended
+	}
+	return err
+}
+
+func (r *run) load(ctx context.Context) error {
+	if err := r.loader.load(ctx, r.input); err != nil {
+		return fmt.Errorf("load %s: %w", cmp.Or(r.cfg.Load, "the small data set"), err)
+	}
+	took := time.Since(r.began)
+	r.mu.Lock()
+	r.loadTook = took
+	r.mu.Unlock()
+	rows := r.loader.rows.Load()
+	r.screen.note("loaded %s resources in %s in %.1fs, %s rows/s", grouped(rows), Regions[0], took.Seconds(), grouped(int64(float64(rows)/took.Seconds())))
+	return nil
+}
+
+// cut makes the cuts, one after the other.
+func (r *run) cut(ctx context.Context) error {
+	for _, c := range r.cfg.Cuts {
+		if err := sleep(ctx, cutDelay); err != nil {
+			return err
+		}
+		r.screen.note("CUT: %s is unreachable for %s", c.Region, c.For)
+		r.world.cut(c.Region)
+		err := sleep(ctx, c.For)
+		r.world.heal(c.Region)
+		if err != nil {
+			return err
+		}
+		r.screen.note("HEALED: %s is back", c.Region)
+	}
+	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// waitComplete returns when every region holds as many copies as it must.
+func (r *run) waitComplete(ctx context.Context) error {
+	for {
+		r.sampler.count(ctx)
+		if now := r.sampler.now(); now.complete() && ctx.Err() == nil {
+			return nil
+		}
+		if r.world.ctx.Err() != nil {
+			return r.failure()
+		}
+		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// compareTime is how long a last comparison may take when the time is up.
+const compareTime = time.Minute
+
+// judge takes the probe away and compares until everything is equal, or ctx is done; then it tells what is not.
+func (r *run) judge(ctx, background context.Context) (*result, error) {
+	r.prober.wait(ctx)
+	if err := r.prober.remove(ctx); err != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("remove the probe: %w", err)
+	}
+	r.screen.note("comparing all rows of all databases")
+	for {
+		start := time.Now()
+		found, err := r.world.compare(ctx)
+		if ctx.Err() != nil {
+			last, cancel := context.WithTimeout(background, compareTime)
+			defer cancel()
+			return r.world.compare(last)
+		}
+		if err != nil || found.equal() {
+			return found, err
+		}
+		_ = sleep(ctx, max(200*time.Millisecond, time.Since(start))) // the loop sees that ctx is done
+	}
+}
+
+// summarize prints the summary, and returns an error if the databases differ.
+func (r *run) summarize(found *result) error {
+	p50, p99 := r.prober.percentiles()
+	s := Summary{
+		Regions: len(Regions), Owned: found.owned, Copies: found.copies, Missing: found.missing, Extra: found.extra, Different: found.different,
+		P50: milliseconds(p50), P99: milliseconds(p99), RowsPerSecond: math.Round(r.perSecond*10) / 10,
+	}
+	if r.cfg.JSON {
+		if err := json.NewEncoder(r.cfg.Out).Encode(s); err != nil {
+			return fmt.Errorf("print the summary: %w", err)
+		}
+	} else {
+		verdict := "every copy equals its owner"
+		if !found.equal() {
+			verdict = fmt.Sprintf("%s missing, %s extra, %s different", grouped(s.Missing), grouped(s.Extra), grouped(s.Different))
+		}
+		fmt.Fprintf(r.cfg.Out, "%d regions, %s owned rows, %s copies: %s. Commit to visible: median %.1f ms, 99th percentile %.1f ms. %s copies/s.\n",
+			s.Regions, grouped(s.Owned), grouped(s.Copies), verdict, s.P50, s.P99, grouped(int64(s.RowsPerSecond)))
+	}
+	if found.equal() {
+		return nil
+	}
+	return fmt.Errorf("the databases differ: %d missing, %d extra, %d different; for example: %s", s.Missing, s.Extra, s.Different, strings.Join(found.examples, "; "))
+}
+
+func milliseconds(d time.Duration) float64 { return math.Round(float64(d.Microseconds())/100) / 10 }
+
+// progress is the first line of the screen.
+func (r *run) progress() string {
+	var b strings.Builder
+	r.mu.Lock()
+	loaded := r.loadTook
+	r.mu.Unlock()
+	rows := r.loader.rows.Load()
+	if loaded == 0 {
+		took := time.Since(r.began).Seconds()
+		fmt.Fprintf(&b, "loading %d%%, %s rows, %s/s", min(100, 100*r.loader.read.Load()/max(1, r.size)), grouped(rows), grouped(int64(float64(rows)/took)))
+	} else {
+		fmt.Fprintf(&b, "loaded %s rows", grouped(rows))
+	}
+	if n := r.writer.writes.Load(); n > 0 {
+		fmt.Fprintf(&b, ", %s writes", grouped(n))
+		if failed := r.writer.failed.Load(); failed > 0 {
+			fmt.Fprintf(&b, " (%s failed)", grouped(failed))
+		}
+	}
+	if p50, p99 := r.prober.percentiles(); p50 > 0 {
+		fmt.Fprintf(&b, " | visible p50 %s p99 %s", age(&p50), age(&p99))
+	}
+	return b.String()
+}

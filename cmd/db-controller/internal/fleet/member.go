@@ -1,0 +1,170 @@
+package fleet
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
+	"github.com/dbcontroller/db-controller/deployment"
+	"github.com/dbcontroller/db-controller/internal/pki"
+	"github.com/dbcontroller/db-controller/registry"
+)
+
+// maxRetry bounds the pause between two attempts to run a Deployment.
+const maxRetry = 10 * time.Second
+
+// errDSNChanged restarts a Deployment with its new connection string.
+var errDSNChanged = errors.New("the connection string has changed")
+
+// member is one Deployment that should run.
+type member struct {
+	fleet  *Fleet
+	spec   registry.Deployment
+	ctx    context.Context // ends the member
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu   sync.Mutex
+	open *deployment.Deployment // nil while it is not running
+	err  error                  // why it does not run
+}
+
+func newMember(ctx context.Context, f *Fleet, d registry.Deployment) *member {
+	ctx, cancel := context.WithCancel(ctx)
+	return &member{fleet: f, spec: d, ctx: ctx, cancel: cancel, done: make(chan struct{})}
+}
+
+// state returns the open Deployment, or why there is none.
+func (m *member) state() (*deployment.Deployment, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.open, m.err
+}
+
+func (m *member) set(d *deployment.Deployment, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.open, m.err = d, err
+}
+
+// run keeps the Deployment running until the member is cancelled.
+func (m *member) run() {
+	log := m.fleet.log.With("deployment", m.spec.Key.String())
+	for pause := time.Second; ; pause = min(2*pause, maxRetry) {
+		started := time.Now()
+		err := m.runOnce()
+		m.set(nil, err)
+		if m.ctx.Err() != nil {
+			return
+		}
+		if time.Since(started) > time.Minute {
+			pause = time.Second // it did run
+		}
+		if errors.Is(err, errDSNChanged) {
+			log.InfoContext(m.ctx, "restarting", "cause", err)
+			continue
+		}
+		log.WarnContext(m.ctx, "Deployment does not run", "error", err, "retry", pause)
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// runOnce opens the Deployment and runs it until something fails.
+func (m *member) runOnce() error {
+	f := m.fleet
+	dsn, err := m.dsn()
+	if err != nil {
+		return err
+	}
+	cfg := f.cfg.Template
+	cfg.Key, cfg.Registry, cfg.DSN, cfg.Logger = m.spec.Key, f.cfg.Registry, string(dsn), f.log
+	if m.spec.TLS.Name != "" {
+		if cfg.TLS, err = newTLS(m.ctx, f.cfg.Secrets, m.spec.TLS, f.cfg.Reread); err != nil {
+			return err
+		}
+	}
+	d, err := deployment.Open(m.ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	parts, err := f.cfg.Parts(d)
+	if err != nil {
+		return err
+	}
+	m.set(d, nil)
+	f.log.InfoContext(m.ctx, "Deployment runs", "deployment", m.spec.Key.String(), "version", m.spec.Version)
+	return d.Run(m.ctx, append(parts, func(ctx context.Context) error { return m.watchDSN(ctx, dsn) })...)
+}
+
+func (m *member) dsn() ([]byte, error) {
+	ref := m.spec.Database
+	if ref.Name == "" {
+		return nil, errors.New("spec.database is not set: name the Secret with the connection string in spec.database.secretRef")
+	}
+	secret, err := m.fleet.cfg.Secrets.Get(m.ctx, ref.Namespace, ref.Name)
+	if err != nil {
+		return nil, fmt.Errorf("spec.database.secretRef: %w", err)
+	}
+	if len(secret[ref.Key]) == 0 {
+		return nil, fmt.Errorf("spec.database.secretRef: secret %s has no key %q", ref.Name, ref.Key)
+	}
+	return bytes.TrimSpace(secret[ref.Key]), nil
+}
+
+// watchDSN returns when the connection string has changed. One that cannot be read now does not stop what runs with the last one.
+func (m *member) watchDSN(ctx context.Context, dsn []byte) error {
+	tick := time.NewTicker(m.fleet.cfg.Reread)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if now, err := m.dsn(); err == nil && !bytes.Equal(now, dsn) {
+			return errDSNChanged
+		}
+	}
+}
+
+// newTLS returns a source that follows a secret: it is read again when a handshake comes more than reread after the last reading. What
+// cannot be read or does not fit together leaves the last good material in force.
+func newTLS(ctx context.Context, secrets registry.Secrets, ref registry.SecretRef, reread time.Duration) (pki.Source, error) {
+	read := func() (*pki.Material, error) {
+		s, err := secrets.Get(ctx, ref.Namespace, ref.Name)
+		if err != nil {
+			return nil, fmt.Errorf("spec.tls.secretRef: %w", err)
+		}
+		material, err := pki.Parse(s[v1alpha1.TLSCertKey], s[v1alpha1.TLSKeyKey], s[v1alpha1.TLSCAKey])
+		if err != nil {
+			return nil, fmt.Errorf("spec.tls.secretRef: secret %s: %w", ref.Name, err)
+		}
+		return material, nil
+	}
+	last, err := read()
+	if err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex
+	at := time.Now()
+	return func() (*pki.Material, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if time.Since(at) > reread {
+			at = time.Now()
+			if now, err := read(); err == nil {
+				last = now
+			}
+		}
+		return last, nil
+	}, nil
+}
