@@ -65,12 +65,6 @@ type Config struct {
 	// MaxPeerStreams bounds the feed streams that one region has open at once. Default 64.
 	MaxPeerStreams int
 
-	// Checks decide /readyz, see OpsHandler.
-	Checks []Check
-	// Status returns what /statusz shows as JSON.
-	Status func() any
-	// Metrics is served as /metrics.
-	Metrics http.Handler
 	// Registerer takes the server's own metrics; nil is none.
 	Registerer prometheus.Registerer
 	// Logger defaults to slog.Default.

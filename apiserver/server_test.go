@@ -3,10 +3,8 @@ package apiserver
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"time"
 
 	"connectrpc.com/connect"
@@ -125,41 +123,6 @@ var _ = Describe("Server", func() {
 		a = w.rest("eu").do("GET", ":batchGet?names=sections/a", "")
 		Expect(a.status).To(Equal(http.StatusInternalServerError))
 		Expect(a.text).NotTo(ContainSubstring("secret"))
-	})
-
-	It("tells the operator how it is", func() {
-		var broken error
-		checks := []Check{
-			{Name: "database", Run: func(context.Context) error { return broken }},
-			{Name: "sync-us", Run: func(context.Context) error { return errors.New("cut") }, Informational: true},
-		}
-		w := newWorld(true, func(c *Config) {
-			c.Checks, c.Status = checks, func() any { return map[string]int{"rows": 7} }
-			c.Metrics = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "metrics") })
-		}, "eu")
-		ops := w.regions["eu"].server.OpsHandler()
-		get := func(path string) (int, string) {
-			rec := httptest.NewRecorder()
-			ops.ServeHTTP(rec, httptest.NewRequest(http.MethodGet, path, nil))
-			return rec.Code, rec.Body.String()
-		}
-		expect := func(path string, status int, text string) {
-			GinkgoHelper()
-			code, body := get(path)
-			Expect(code).To(Equal(status))
-			Expect(body).To(ContainSubstring(text))
-		}
-		expect("/healthz", 200, "ok")
-		expect("/readyz", 200, "ready")
-		expect("/readyz?verbose", 200, "[-] sync-us: cut (does not decide)")
-		expect("/statusz", 200, `"rows": 7`)
-		expect("/metrics", 200, "metrics")
-		broken = errors.New("gone")
-		expect("/readyz", 503, "[-] database: gone")
-		broken = nil
-		w.regions["eu"].stop()
-		expect("/readyz", 503, "stopping")
-		expect("/healthz", 200, "ok")
 	})
 })
 

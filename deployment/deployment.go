@@ -19,8 +19,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dbcontroller/db-controller/apiserver"
@@ -84,7 +82,6 @@ func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 	if cfg.TLS == nil && d.spec.TLS.Name != "" {
 		return nil, fmt.Errorf("open %s: spec.tls names secret %s, which has not been given", cfg.Key, d.spec.TLS.Name)
 	}
-	d.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), cfg.Registry)
 
 	var err error
 	d.core, err = postgres.Open(ctx, postgres.Config{DSN: cfg.DSN, Service: cfg.Service, Region: cfg.Region, Version: d.spec.Version,
@@ -106,7 +103,7 @@ func (d *Deployment) Store() *region.Store { return d.stack }
 // Core is the store on PostgreSQL, without the layers.
 func (d *Deployment) Core() *postgres.Store { return d.core }
 
-// Metrics of this Deployment.
+// Metrics of this Deployment alone: those of the process and of the registry are whoever's who runs it.
 func (d *Deployment) Metrics() *prometheus.Registry { return d.metrics }
 
 // Peers tells how far the copies of every other region are.
@@ -149,26 +146,18 @@ func (d *Deployment) Run(ctx context.Context, parts ...func(context.Context) err
 	return g.Wait()
 }
 
-// Server returns the part that serves the API on l and, if ops is not nil, health, status and metrics on ops.
-func (d *Deployment) Server(l, ops net.Listener) (func(context.Context) error, error) {
+// Server returns the part that serves the API on l.
+func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error) {
 	s, err := apiserver.New(apiserver.Config{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version,
 		Store: d.stack, Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry,
 		TLS: d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
-		Checks: d.checks(), Status: func() any { return d.Status() }, Metrics: promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{}),
 		Registerer: d.metrics, Logger: d.log,
 	})
 	if err != nil {
 		return nil, err
 	}
-	return func(ctx context.Context) error {
-		g, ctx := errgroup.WithContext(ctx)
-		g.Go(func() error { return s.Run(ctx, l) })
-		if ops != nil {
-			g.Go(func() error { return ServeHTTP(ctx, ops, s.OpsHandler()) })
-		}
-		return g.Wait()
-	}, nil
+	return func(ctx context.Context) error { return s.Run(ctx, l) }, nil
 }
 
 // Manage is the part that runs the nodes and the housekeeping.
@@ -225,19 +214,7 @@ func (d *Deployment) source(peer registry.Deployment) (syncing.Source, error) {
 	return syncing.NewSource(t, peer.Endpoint, syncing.Peer{Service: peer.Service, ForRegion: d.cfg.Region, OfRegion: peer.Region, Version: d.spec.Version, Ring: d.spec.Ring}), nil
 }
 
-func (d *Deployment) checks() []apiserver.Check {
-	return []apiserver.Check{
-		{Name: "registry", Run: func(context.Context) error {
-			if !d.cfg.Registry.Synced() {
-				return errors.New("the topology is not known yet")
-			}
-			return nil
-		}},
-		{Name: "database", Run: d.core.Ping},
-	}
-}
-
-// Status is what /statusz shows.
+// Status is what /statusz shows of a Deployment.
 type Status struct {
 	Service string               `json:"service"`
 	Region  string               `json:"region"`

@@ -41,7 +41,7 @@ With spec.tls in the Deployment every caller must present a certificate. Without
 					if err != nil {
 						return nil, fmt.Errorf("serve the API: %w", err)
 					}
-					serve, err := d.Server(l, nil)
+					serve, err := d.Server(l)
 					if err != nil {
 						l.Close()
 						return nil, err

@@ -138,7 +138,7 @@ func TestAdmit(t *testing.T) {
 		"objective of zero":                  {deployment, "region: eu", "region: eu\n  lagObjective: 0s", "lagObjective must be more than zero"},
 		"objective that is no duration":      {deployment, "region: eu", "region: eu\n  lagObjective: soon", "spec.lagObjective"},
 		"ring of no shards":                  {deployment, "region: eu", "region: eu\n  shards: 0", "spec.shards"},
-		"suspend scope of everything":        {deployment, "region: eu", "region: eu\n  suspendScopes: [{}]", "set spec.suspend"},
+		"suspend scope of everything":        {deployment, "region: eu", "region: eu\n  suspendScopes: [{}]", "suspendScopes[0].peerRegion: Required value"},
 		"control region not enabled":         {descriptorDoc, "defaultControlRegion: eu", "defaultControlRegion: ap", "defaultControlRegion must be one of enabledRegions"},
 		"region enabled twice":               {descriptorDoc, "[eu, us]", "[eu, us, eu]", "spec.multiRegionPolicy.enabledRegions[2]: Duplicate value"},
 		"type declared twice":                {descriptorDoc, "type: Section", "type: Package", "spec.versions[0].resources[1]: Duplicate value"},

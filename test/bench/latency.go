@@ -52,7 +52,7 @@ func latency(ctx context.Context, opt options) (res result, err error) {
 		return res, err
 	}
 	defer d.Close()
-	server, err := d.Server(at.listeners[sourceRegion], nil)
+	server, err := d.Server(at.listeners[sourceRegion])
 	if err != nil {
 		return res, err
 	}

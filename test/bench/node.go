@@ -80,7 +80,7 @@ func nodeMain(ctx context.Context) (err error) {
 		return fmt.Errorf("node: %w", err)
 	}
 	defer d.Close()
-	server, err := d.Server(listener, nil)
+	server, err := d.Server(listener)
 	if err != nil {
 		return fmt.Errorf("node: %w", err)
 	}

@@ -195,7 +195,7 @@ func (w *world) start(p *place) {
 	if err := retry(w.t.Context(), 10*time.Second, func() (err error) { l, err = p.listener.listen(); return err }); err != nil {
 		w.t.Fatal(err)
 	}
-	serve, err := d.Server(l, nil)
+	serve, err := d.Server(l)
 	if err != nil {
 		w.t.Fatal(err)
 	}

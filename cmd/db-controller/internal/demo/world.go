@@ -362,7 +362,7 @@ func (w *world) run(log *slog.Logger) error {
 						return nil, err
 					}
 				}
-				serve, err := d.Server(l, nil)
+				serve, err := d.Server(l)
 				if err != nil {
 					l.Close()
 					return nil, err

@@ -43,7 +43,6 @@ func (f *Fleet) Handler(stopping context.Context, process prometheus.Gatherer) h
 				gatherers = append(gatherers, d.Metrics())
 			}
 		}
-		// What each Deployment says of the process and the topology is the same: the first one is taken.
 		promhttp.HandlerFor(gatherers, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}).ServeHTTP(w, r)
 	})
 	return mux
