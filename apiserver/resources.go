@@ -12,7 +12,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dbcontrollerv1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
-	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/store"
 )
 
@@ -98,7 +97,7 @@ func (s *Server) create(ctx context.Context, req *dbcontrollerv1.CreateRequest) 
 	if err != nil {
 		return nil, err
 	}
-	p, err := s.route(ctx, w.name)
+	p, err := s.route(ctx, w)
 	if err != nil {
 		return nil, err
 	}
@@ -117,7 +116,7 @@ func (s *Server) update(ctx context.Context, req *dbcontrollerv1.UpdateRequest) 
 	if err != nil {
 		return nil, err
 	}
-	p, err := s.route(ctx, w.name)
+	p, err := s.route(ctx, w)
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +135,7 @@ func (s *Server) delete(ctx context.Context, req *dbcontrollerv1.DeleteRequest) 
 	if err != nil {
 		return nil, err
 	}
-	p, err := s.route(ctx, w.name)
+	p, err := s.route(ctx, w)
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +186,7 @@ func (s *Server) batchWrite(ctx context.Context, req *dbcontrollerv1.BatchWriteR
 		}
 		seen[writes[i].Name] = i
 	}
-	p, err := s.route(ctx, namesOf(writes)...)
+	p, err := s.route(ctx, writes...)
 	if err != nil {
 		return nil, err
 	}
@@ -391,12 +390,4 @@ func (r resourcesService) BatchWrite(ctx context.Context, req *connect.Request[d
 
 func (r resourcesService) Watch(ctx context.Context, req *connect.Request[dbcontrollerv1.WatchRequest], stream *connect.ServerStream[dbcontrollerv1.WatchResponse]) error {
 	return r.s.watch(ctx, req.Msg, stream.Send)
-}
-
-func namesOf(writes []write) []descriptor.Name {
-	names := make([]descriptor.Name, len(writes))
-	for i, w := range writes {
-		names[i] = w.name
-	}
-	return names
 }

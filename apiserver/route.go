@@ -14,6 +14,7 @@ import (
 	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/internal/pki"
 	"github.com/dbcontroller/db-controller/registry"
+	"github.com/dbcontroller/db-controller/store"
 )
 
 // peer is the owner of a write that is not ours.
@@ -22,11 +23,15 @@ type peer struct {
 	client dbcontrollerv1connect.ResourcesClient
 }
 
-// route returns where a write of the names belongs; nil is here. All names must belong to one region.
-func (s *Server) route(ctx context.Context, names ...descriptor.Name) (*peer, error) {
+// route returns where the writes of one transaction belong; nil is here. All of them must belong to one region.
+func (s *Server) route(ctx context.Context, writes ...write) (*peer, error) {
 	var owner string
+	names, batch := make([]descriptor.Name, len(writes)), make([]store.Write, len(writes))
+	for i, w := range writes {
+		names[i], batch[i] = w.name, w.Write
+	}
 	for i, n := range names {
-		region, err := s.cfg.Owners.Owner(ctx, n)
+		region, err := s.cfg.Owners.Owner(ctx, n, batch)
 		if err != nil {
 			return nil, err
 		}

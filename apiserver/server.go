@@ -29,7 +29,7 @@ type Topology interface {
 
 // Owners knows the owning region of a name, from its region segment or from the policy that governs it. Its errors are of package store.
 type Owners interface {
-	Owner(ctx context.Context, name descriptor.Name) (region string, err error)
+	Owner(ctx context.Context, name descriptor.Name, batch []store.Write) (region string, err error)
 }
 
 // Config of a Server. Zero limits mean their defaults.

@@ -73,7 +73,7 @@ written in one region appears as a read copy in the regions that its policy name
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newVersion())
+	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newRaiseEpoch(), newVersion())
 	return root
 }
 

@@ -50,12 +50,12 @@ func (s *Store) List(ctx context.Context, q store.Query) (*store.Page, error) {
 	return s.next.List(ctx, q)
 }
 
-// Owner returns the region to which writes of n belong.
-func (s *Store) Owner(ctx context.Context, n descriptor.Name) (string, error) {
+// Owner returns the region to which a write of n belongs that is part of batch: a policy holder in the same batch may be about to decide.
+func (s *Store) Owner(ctx context.Context, n descriptor.Name, batch []store.Write) (string, error) {
 	if region, ok := n.Region(); ok {
 		return region, nil
 	}
-	p, _, err := s.policies.Of(ctx, n, nil)
+	p, _, err := s.policies.Of(ctx, n, s.pending(batch))
 	var missing *policy.MissingHolderError
 	if errors.As(err, &missing) {
 		// Its holder is gone, but what it left behind can still be read and deleted where it is owned.

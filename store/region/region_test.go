@@ -162,7 +162,7 @@ var _ = Describe("the region layer", func() {
 		for name, want := range map[string]string{"settings/s": "eu", "folders/f": "eu", "folders/f/documents/d": "us", "folders/f/regions/eu/sites/s": "eu", "folders/f/regions/us/sites/s": "us"} {
 			n, err := version.ParseName(name)
 			Expect(err).NotTo(HaveOccurred())
-			Expect(s.Owner(ctx, n)).To(Equal(want), name)
+			Expect(s.Owner(ctx, n, nil)).To(Equal(want), name)
 			if want != "eu" {
 				_, err := write(ctx, store.Save, name, `{}`)
 				Expect(code(err)).To(Equal(store.FailedPrecondition))
@@ -185,7 +185,13 @@ var _ = Describe("the region layer", func() {
 	})
 
 	It("creates a holder and what is below it in one transaction", func(ctx SpecContext) {
-		results, err := s.BatchWrite(ctx, []store.Write{{Op: store.Create, Name: "folders/new/documents/d"}, {Op: store.Create, Name: "folders/new", Body: []byte(euUs)}})
+		batch := []store.Write{{Op: store.Create, Name: "folders/new/documents/d"}, {Op: store.Create, Name: "folders/new", Body: []byte(euUs)}}
+		n, err := version.ParseName(batch[0].Name)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(s.Owner(ctx, n, batch)).To(Equal("eu"))
+		_, err = s.Owner(ctx, n, nil)
+		Expect(code(err)).To(Equal(store.FailedPrecondition))
+		results, err := s.BatchWrite(ctx, batch)
 		Expect(err).NotTo(HaveOccurred())
 		Expect(results[0].Resource.Regions).To(Equal([]string{"eu", "us"}))
 	})
@@ -216,7 +222,7 @@ var _ = Describe("the region layer", func() {
 		Expect(err).NotTo(HaveOccurred())
 		n, err := version.ParseName("folders/f/documents/d")
 		Expect(err).NotTo(HaveOccurred())
-		Expect(s.Owner(ctx, n)).To(Equal("eu"))
+		Expect(s.Owner(ctx, n, nil)).To(Equal("eu"))
 		_, err = write(ctx, store.Delete, n.Full, "")
 		Expect(err).NotTo(HaveOccurred())
 	})
