@@ -286,7 +286,7 @@ var _ = Describe("the status of", func() {
 		edited := registrytest.Deployment(n, "eu", "eu")
 		edited.Spec.SuspendScopes = []v1alpha1.SuspendScope{{PeerRegion: "us"}}
 		n.Put(ctx, edited)
-		eventually(condition(ctx, "eu", "Suspended"), "True Suspended", "all types from us")
+		eventually(condition(ctx, "eu", "Suspended"), "True Suspended", "the syncing from us")
 		edited.Spec.SuspendScopes, edited.Spec.Disabled = nil, true
 		n.Put(ctx, edited)
 		eventually(condition(ctx, "eu", "Suspended"), "False NotSuspended", "")

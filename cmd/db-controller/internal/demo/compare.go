@@ -51,22 +51,24 @@ const (
 func (w *world) compare(ctx context.Context) (*result, error) {
 	all := &result{}
 	for _, target := range Regions {
-		var owned, copies, strangers int64
-		t := w.regions[target]
-		if err := t.pool.QueryRow(ctx, countSQL, target, Regions).Scan(&owned, &copies, &strangers); err != nil {
-			return nil, fmt.Errorf("count rows in %s: %w", target, err)
-		}
-		all.owned += owned
-		all.copies += copies
-		all.extra += strangers
 		for _, owner := range Regions {
 			if owner == target {
 				continue
 			}
-			if err := comparePair(ctx, w.regions[owner], t, all); err != nil {
+			if err := comparePair(ctx, w.regions[owner], w.regions[target], all); err != nil {
 				return nil, fmt.Errorf("compare the copies of %s in %s: %w", owner, target, err)
 			}
 		}
+	}
+	// Counted last: what was under way when the comparison began has arrived if that has found everything equal.
+	for _, r := range Regions {
+		var owned, copies, strangers int64
+		if err := w.regions[r].pool.QueryRow(ctx, countSQL, r, Regions).Scan(&owned, &copies, &strangers); err != nil {
+			return nil, fmt.Errorf("count rows in %s: %w", r, err)
+		}
+		all.owned += owned
+		all.copies += copies
+		all.extra += strangers
 	}
 	return all, nil
 }
