@@ -6,12 +6,27 @@ set -euo pipefail
 
 cd "$(dirname "$0")/.."
 KUBEBUILDER_ASSETS=$(hack/kube-assets.sh)
-export KUBEBUILDER_ASSETS CGO_ENABLED=1 # the race detector is written in C
+export KUBEBUILDER_ASSETS DBC_REQUIRE_KUBE=1 CGO_ENABLED=1 # the race detector is written in C
 gotestsum=$(hack/tool.sh gotestsum)/gotestsum
 
-if [ $# = 0 ]; then set -- ./...; fi
 # Two packages at a time: most of them run database servers of their own.
 # shellcheck disable=SC2016 # gotestsum sets the variables
-summary='echo "tests: $((TESTS_TOTAL - TESTS_FAILED - TESTS_SKIPPED)) passed, $TESTS_FAILED failed, $TESTS_SKIPPED skipped"'
-"$gotestsum" --format pkgname-and-test-fails --hide-summary skipped --post-run-command "bash -c '$summary'" \
-	-- -race -p 2 -timeout 30m "$@"
+summary='echo "tests$ON: $((TESTS_TOTAL - TESTS_FAILED - TESTS_SKIPPED)) passed, $TESTS_FAILED failed, $TESTS_SKIPPED skipped"'
+run() {
+	"$gotestsum" --format pkgname-and-test-fails --hide-summary skipped --post-run-command "bash -c '$summary'" -- -p 2 -timeout 30m "$@"
+}
+export ON=""
+
+if [ $# != 0 ]; then
+	run -race "$@"
+	exit
+fi
+run -race ./...
+
+# The store speaks to PostgreSQL, so it is tested on every supported version
+# that is installed; DBC_REQUIRE_POSTGRES makes a missing one an error.
+for version in 16 17 18; do
+	if [ -d "$(hack/cache-dir.sh)/postgres/$version" ] || [[ " ${DBC_REQUIRE_POSTGRES:-} " == *" $version "* ]]; then
+		ON=" of the store on PostgreSQL $version" DBC_TEST_POSTGRES_VERSION=$version run ./store/...
+	fi
+done

@@ -132,8 +132,9 @@ const (
 func NewTransport(source pki.Source, want pki.Identity, dial func(ctx context.Context, network, addr string) (net.Conn, error)) *http.Transport {
 	t := pki.Transport(source, want, dial)
 	t.HTTP2 = &http.HTTP2Config{
-		SendPingTimeout: 5 * time.Second,
-		PingTimeout:     5 * time.Second,
+		SendPingTimeout:  5 * time.Second,
+		PingTimeout:      5 * time.Second,
+		MaxReadFrameSize: 1 << 20, // a frame of rows in few writes and reads
 		// What one stream may have under way, beyond the frame that is applied and the one that is held.
 		MaxReceiveBufferPerStream: 4 << 20,
 	}

@@ -147,7 +147,7 @@ func (t *tuning) flags(f *pflag.FlagSet) {
 }
 
 func (t *tuning) managerFlags(f *pflag.FlagSet) {
-	f.IntVar(&t.MaxShardsPerNode, "max-shards-per-node", 0, "widest `range` of shards that one stream copies; 0: 1024, negative: no limit")
+	f.IntVar(&t.MaxShardsPerNode, "max-shards-per-node", 0, "widest `range` of shards that one stream copies; 0: 2048, negative: no limit")
 	f.DurationVar(&t.AuditInterval, "audit-interval", 0, "how often live copies are compared with their owner; 0: 10m, negative: never")
 	f.DurationVar(&t.PurgeAfter, "purge-after", 0, "how long copies outlive the removal of their owner's Deployment; 0: 24h, negative: for ever")
 	f.DurationVar(&t.Retention, "tombstone-retention", 0, "how long deletions are remembered; a region that is away for longer compares when it comes back; 0: 24h")
