@@ -19,7 +19,7 @@ import (
 
 // Defaults of Config.
 const (
-	// DefaultMaxShardsPerNode cuts a full ring of 4096 into 4 streams per peer. The protocol's original cap of ten was a limit of one
+	// DefaultMaxShardsPerNode cuts a full ring of 4096 into 2 streams per peer. The protocol's original cap of ten was a limit of one
 	// database's IN filter; here a range of any width is one index scan, so the cut only sets how many streams run in parallel.
 	DefaultMaxShardsPerNode = 2048
 	DefaultAuditInterval    = 10 * time.Minute

@@ -95,7 +95,7 @@ func (w *world) add(name, identity, dsn string) *region {
 // nobody owns names: these tests write below the API.
 type nobody struct{}
 
-func (nobody) Owner(context.Context, descriptor.Name) (string, error) { return "", nil }
+func (nobody) Owner(context.Context, descriptor.Name, []store.Write) (string, error) { return "", nil }
 
 func (w *world) certificate(region string) pki.Source {
 	GinkgoHelper()
