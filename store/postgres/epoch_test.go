@@ -54,15 +54,16 @@ var _ = Describe("the feed epoch", func() {
 	})
 
 	It("rises by itself after a dump and reload, where every row lies in the future, and each is delivered", func(ctx SpecContext) {
-		source := pgtest.Database(GinkgoTB())
-		s := openDSN(source, "eu")
-		for range 20 { // push the ids of this cluster ahead of a young one's
+		old := pgtest.Server(GinkgoTB(), pgserver.Config{Version: "15"}) // pg_dump refuses servers newer than itself
+		Expect(old.CreateDatabase(ctx, "eu")).To(Succeed())
+		s := openDSN(old.DSN("eu"), "eu")
+		for range 500 { // push the ids of this cluster ahead of a young one's
 			apply(s, save("shelves/s/books/a", `{"n":1}`))
 			apply(s, save("shelves/s/books/a", `{"n":2}`))
 		}
 		young := pgtest.Server(GinkgoTB(), pgserver.Config{Version: "15"})
 		Expect(young.CreateDatabase(ctx, "eu")).To(Succeed())
-		copyDatabase(ctx, source, young.DSN("eu"))
+		copyDatabase(ctx, old.DSN("eu"), young.DSN("eu"))
 		conn, err := young.Connect(ctx, "eu")
 		Expect(err).NotTo(HaveOccurred())
 		defer conn.Close(ctx)
