@@ -151,7 +151,7 @@ func writeFor(ctx context.Context, opt options, way writing, rows, run int) (n i
 			for i := range bodies {
 				bodies[i] = body(r, i)
 			}
-			for i := 0; time.Now().Before(end); i++ {
+			for i := 0; i == 0 || time.Now().Before(end); i++ { // at least one, on however slow a machine
 				if err := way.write(ctx, itemName(r.IntN(rows)), bodies[i%len(bodies)]); err != nil {
 					return err
 				}
