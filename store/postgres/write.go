@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -17,9 +18,24 @@ import (
 	"github.com/dbcontroller/db-controller/store"
 )
 
-// maxAttempts bounds the repeats of a write that meets concurrent writes of the same rows. From the second attempt on the rows are locked
-// first, so only names that others create or purge at that very moment can make it fail again.
-const maxAttempts = 8
+// maxAttempts bounds the repeats of a write that meets concurrent writes of the same rows: about five seconds with the pauses between them. From the
+// second attempt on the rows are locked first, so only a name that is created or purged at that very moment, or a row that a masked write has
+// read and another then changed, can make it fail again.
+const maxAttempts = 64
+
+// pause waits before the attempt after the given number of failures, longer each time, with full jitter: two masked writers of one row that
+// repeat at once would take turns in failing.
+func pause(ctx context.Context, failures int) error {
+	limit := min(time.Millisecond<<min(failures, 10), 160*time.Millisecond)
+	timer := time.NewTimer(rand.N(limit))
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
 
 // fenceSQL takes the shared form of the write fence. It is a statement of its own because writeSQL's snapshot must be taken after it.
 const fenceSQL = `SELECT pg_advisory_xact_lock_shared($1, $2)`
@@ -115,6 +131,9 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 		retry := errors.Is(err, errReread) || errors.As(err, &pe) && (pe.Code == "40001" || pe.Code == "40P01")
 		if !retry {
 			return nil, wrap(err, "write")
+		}
+		if perr := pause(ctx, attempt); perr != nil {
+			return nil, wrap(perr, "write")
 		}
 	}
 	return nil, &store.Error{Code: store.Aborted, Name: writes[0].Name, Reason: "too many concurrent writes of the same resources: read them again and repeat", Cause: err}
