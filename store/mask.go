@@ -1,7 +1,9 @@
 package store
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -61,6 +63,61 @@ func ApplyMask(old *Resource, w Write) (Write, error) {
 		w.Body = body
 	}
 	return w, nil
+}
+
+// Unmask turns masked writes into writes of whole resources, as r has them now. Such a write holds only while the resource stays as it was read:
+// outdated reports whether a later refusal says no more than that, so that the writes are to be unmasked again and repeated. A masked Save of what
+// does not exist creates it; an Update of that fails with NotFound.
+func Unmask(ctx context.Context, r Reader, writes []Write) (whole []Write, outdated func(error) bool, err error) {
+	var names []string
+	for _, w := range writes {
+		if masked(w) {
+			names = append(names, w.Name)
+		}
+	}
+	if names == nil {
+		return writes, func(error) bool { return false }, nil
+	}
+	stored, err := r.BatchGet(ctx, names)
+	if err != nil {
+		return nil, nil, err
+	}
+	ours := map[string]bool{} // what the write demands of the stored resource, we demand and not the caller
+	whole = make([]Write, len(writes))
+	for i, w := range writes {
+		if !masked(w) {
+			whole[i] = w
+			continue
+		}
+		old := stored[0]
+		stored = stored[1:]
+		asked := w.IfVersion != (Version{})
+		switch {
+		case old == nil && w.Op == Update && !asked:
+			return nil, nil, Errorf(NotFound, w.Name, "does not exist")
+		case old == nil && asked: // refused for that
+		case old == nil:
+			w.Op, w.Mask = Create, nil
+			ours[w.Name] = true
+		default:
+			if w, err = ApplyMask(old, w); err != nil {
+				return nil, nil, err
+			}
+			if !asked {
+				w.IfVersion = old.Version
+				ours[w.Name] = true
+			}
+		}
+		whole[i] = w
+	}
+	return whole, func(err error) bool {
+		var e *Error
+		return errors.As(err, &e) && (e.Code == Aborted || e.Code == AlreadyExists) && ours[e.Name]
+	}, nil
+}
+
+func masked(w Write) bool {
+	return (w.Op == Update || w.Op == Save) && !MaskAll(w.Mask)
 }
 
 // decodeObject keeps numbers as they are written.

@@ -164,6 +164,10 @@ type Write struct {
 	// OwningRegion and Regions become metadata.syncing. The region layer fills them; users cannot.
 	OwningRegion string
 	Regions      []string
+	// BlockDeletion, unless nil, sets the flag with which a service holds up the deletion of a resource. Users cannot.
+	BlockDeletion *bool
+	// Constraint is filled by the constraint layer. Nil: the resource's references are not checked, and it has no shadow.
+	Constraint *Constraint
 }
 
 // Result is what became of one Write.

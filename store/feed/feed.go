@@ -81,7 +81,7 @@ func (f *Feed) Now(ctx context.Context) (Cursor, time.Time, error) {
 func (f *Feed) ReadTuples(ctx context.Context, c Cursor, shards Range, region string, emit func(tuple []byte) error) (Read, error) {
 	const where = ` AND shard >= $5 AND shard < $6 AND owning_region = (SELECT region FROM ctl.deployment_state) AND ` + row.Concerns
 	var buf []byte
-	return f.read(ctx, c, row.Wire, row.Source, where, []any{row.RegionKeys(region), shards.From, shards.To}, func(rows pgx.Rows) error {
+	return f.read(ctx, changes, c, row.Wire, row.Source, where, []any{row.RegionKeys(region), shards.From, shards.To}, func(rows pgx.Rows) error {
 		buf = row.Append(buf[:0], rows.RawValues()[1:])
 		return emit(buf)
 	})
@@ -98,7 +98,7 @@ type Selection struct {
 // ReadResources delivers what became visible after c: owned rows and read copies. A tombstone has state Gone and no content.
 func (f *Feed) ReadResources(ctx context.Context, c Cursor, sel Selection, emit func(*store.Resource) error) (Read, error) {
 	const where = ` AND ($1 = '' OR type = $1) AND ($5 = '' OR starts_with(name, $5))`
-	return f.read(ctx, c, row.ResourceColumns, resources, where, []any{sel.Type, sel.Prefix}, func(rows pgx.Rows) error {
+	return f.read(ctx, changes, c, row.ResourceColumns, resources, where, []any{sel.Type, sel.Prefix}, func(rows pgx.Rows) error {
 		var change string
 		r, err := row.ScanResource(rows, &change)
 		if err != nil {
@@ -110,9 +110,35 @@ func (f *Feed) ReadResources(ctx context.Context, c Cursor, sel Selection, emit 
 
 func resources(rest string) string { return "(SELECT * FROM resources " + rest + ") r" }
 
-// read runs one read: columns of the rows in source. Parameter $1 is the first of filter (columns may use it), $2 the ids in progress at c, $3 xmax of c, $4 the limit,
+// ReadTasks delivers shadows that have had work due since c; the zero Cursor is all that have work due now. Work that is done is not delivered, so no
+// tombstone can be missed. The error is ErrCursorLost after a rise of the epoch: start again from the zero Cursor.
+func (f *Feed) ReadTasks(ctx context.Context, c Cursor, shards Range, emit func(store.Task) error) (Read, error) {
+	if c.IsZero() {
+		now, _, err := f.Now(ctx)
+		if err != nil {
+			return Read{}, err
+		}
+		c = Cursor{now.Epoch, Snapshot{Xmin: 3, Xmax: 3}} // before every transaction
+	}
+	const columns = "name, type, uuid::text, shard, shadow, tasks, coalesce(task_time, update_time)"
+	return f.read(ctx, tasks, c, columns, resources, ` AND shard >= $1 AND shard < $5`, []any{shards.From, shards.To}, func(rows pgx.Rows) error {
+		var t store.Task
+		if err := rows.Scan(&t.Seen, &t.Name, &t.Type, &t.UUID, &t.Shard, &t.State, &t.Tasks, &t.TaskTime); err != nil {
+			return fmt.Errorf("read tasks: %w", err)
+		}
+		return emit(t)
+	})
+}
+
+// Columns that order rows by the transactions that wrote them: one for the resources, one for the work that is due for their shadows.
+const (
+	changes = "change"
+	tasks   = "shadow_change"
+)
+
+// read runs one read of the rows in source by column order. Parameter $1 is the first of filter (columns may use it), $2 the ids in progress at c, $3 xmax of c, $4 the limit,
 // and from $5 on the rest of filter.
-func (f *Feed) read(ctx context.Context, c Cursor, columns string, source func(rest string) string, where string, filter []any, deliver func(pgx.Rows) error) (read Read, err error) {
+func (f *Feed) read(ctx context.Context, order string, c Cursor, columns string, source func(rest string) string, where string, filter []any, deliver func(pgx.Rows) error) (read Read, err error) {
 	if c.IsZero() {
 		return Read{}, errors.New("read the change feed: no cursor")
 	}
@@ -132,9 +158,9 @@ func (f *Feed) read(ctx context.Context, c Cursor, columns string, source func(r
 	var b pgx.Batch
 	b.Queue("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 	b.Queue(positionSQL)
-	columns = "SELECT change::text, " + columns + " FROM "
-	b.Queue(columns+source("WHERE change = ANY ($2::text[]::xid8[])"+where+" OFFSET 0")+" UNION ALL "+
-		columns+source("WHERE change >= $3::text::xid8"+where+" ORDER BY change FETCH FIRST ($4::bigint) ROWS WITH TIES"), args...)
+	columns = "SELECT " + order + "::text, " + columns + " FROM "
+	b.Queue(columns+source("WHERE "+order+" = ANY ($2::text[]::xid8[])"+where+" OFFSET 0")+" UNION ALL "+
+		columns+source("WHERE "+order+" >= $3::text::xid8"+where+" ORDER BY "+order+" FETCH FIRST ($4::bigint) ROWS WITH TIES"), args...)
 	b.Queue("COMMIT")
 	results := conn.SendBatch(ctx, &b)
 	defer func() {
@@ -156,6 +182,9 @@ func (f *Feed) read(ctx context.Context, c Cursor, columns string, source func(r
 	next, err := p.cursor()
 	if err != nil {
 		return Read{}, err
+	}
+	if order == tasks {
+		p.purged = nil
 	}
 	if err := p.covers(c, next); err != nil {
 		return Read{}, err

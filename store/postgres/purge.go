@@ -19,8 +19,8 @@ func (s *Store) Purge(ctx context.Context, retention time.Duration, limit int) (
 		return tx.QueryRow(ctx, `
 			WITH purged AS (
 				DELETE FROM resources WHERE name = ANY (ARRAY(
-					SELECT name FROM resources WHERE state = 2 AND delete_time < now() - $1::interval ORDER BY delete_time LIMIT $2 FOR UPDATE SKIP LOCKED))
-				AND state = 2
+					SELECT name FROM resources WHERE state = 2 AND shadow <> 2 AND delete_time < now() - $1::interval ORDER BY delete_time LIMIT $2 FOR UPDATE SKIP LOCKED))
+				AND state = 2 AND shadow <> 2
 				RETURNING change, resource_version
 			), kept AS (
 				UPDATE horizon SET purged = greatest(purged, (SELECT change FROM purged ORDER BY change DESC LIMIT 1)),
@@ -29,4 +29,17 @@ func (s *Store) Purge(ctx context.Context, retention time.Duration, limit int) (
 			SELECT count(*) FROM purged`, retention, limit).Scan(&n)
 	})
 	return int(n), wrap(err, "purge tombstones")
+}
+
+// PurgeFences removes up to limit fences older than retention and returns how many. The same transaction counts the purge: a save that was granted its references
+// before it asks for them again, so nothing rests on how old a grant can be.
+func (s *Store) PurgeFences(ctx context.Context, retention time.Duration, limit int) (n int, err error) {
+	err = s.pool.QueryRow(ctx, `
+		WITH purged AS (
+			DELETE FROM fences WHERE ctid = ANY (ARRAY(SELECT ctid FROM fences WHERE made_at < now() - $1::interval ORDER BY made_at LIMIT $2 FOR UPDATE SKIP LOCKED)) RETURNING 1
+		), counted AS (
+			UPDATE horizon SET fences = fences + 1 WHERE EXISTS (SELECT FROM purged)
+		)
+		SELECT count(*) FROM purged`, retention, limit).Scan(&n)
+	return n, wrap(err, "purge fences")
 }

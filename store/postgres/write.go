@@ -40,7 +40,11 @@ func pause(ctx context.Context, failures int) error {
 // fenceSQL takes the shared form of the write fence. It is a statement of its own because writeSQL's snapshot must be taken after it.
 const fenceSQL = `SELECT pg_advisory_xact_lock_shared($1, $2)`
 
-const lockRowsSQL = `SELECT FROM resources WHERE name = ANY ($1) ORDER BY name FOR UPDATE`
+const (
+	lockRowsSQL = `SELECT FROM resources WHERE name = ANY ($1) ORDER BY name FOR UPDATE`
+	// lockTargetsSQL conflicts with lockRowsSQL, by which a deletion begins, and with nothing else.
+	lockTargetsSQL = `SELECT FROM resources WHERE name = ANY ($1) ORDER BY name FOR KEY SHARE`
+)
 
 // writeSQL judges all rows against the stored ones and, if none is refused, writes those that differ. It returns a row for each name that it wrote,
 // refused or left as it was. A concurrent write that the snapshot does not show is found by the guard of ON CONFLICT, where ctl.conflict aborts
@@ -49,20 +53,27 @@ const lockRowsSQL = `SELECT FROM resources WHERE name = ANY ($1) ORDER BY name F
 const (
 	batchWriteSQL = `
 WITH input AS MATERIALIZED (
-	SELECT name, type, op, id, shard, owning_region, regions::text[] AS regions, meta::jsonb AS meta, body::jsonb AS body, if_epoch, if_number, allow_missing
+	SELECT name, type, op, id, shard, owning_region, regions::text[] AS regions, meta::jsonb AS meta, body::jsonb AS body, if_epoch, if_number, allow_missing,
+		block, constrained, async, tasks
 	FROM unnest((SELECT $2::text[]), (SELECT $3::text[]), (SELECT $4::int[]), (SELECT $5::uuid[]), (SELECT $6::int[]), (SELECT $7::text[]), (SELECT $8::text[]),
-			(SELECT $9::text[]), (SELECT $10::text[]), (SELECT $11::bigint[]), (SELECT $12::bigint[]), (SELECT $13::bool[]))
-		AS i (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing)
+			(SELECT $9::text[]), (SELECT $10::text[]), (SELECT $11::bigint[]), (SELECT $12::bigint[]), (SELECT $13::bool[]), (SELECT $14::bool[]),
+			(SELECT $15::bool[]), (SELECT $16::bool[]), (SELECT $17::int[]))
+		AS i (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing, block, constrained, async, tasks)
 ), ` + judgeAndWriteSQL
 
 	singleWriteSQL = `
-WITH input (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing) AS (
-	VALUES ($2::text, $3::text, $4::int, $5::uuid, $6::int, $7::text, $8::text::text[], $9::jsonb, $10::jsonb, $11::bigint, $12::bigint, $13::bool)
+WITH input (name, type, op, id, shard, owning_region, regions, meta, body, if_epoch, if_number, allow_missing, block, constrained, async, tasks) AS (
+	VALUES ($2::text, $3::text, $4::int, $5::uuid, $6::int, $7::text, $8::text::text[], $9::jsonb, $10::jsonb, $11::bigint, $12::bigint, $13::bool,
+		$14::bool, $15::bool, $16::bool, $17::int)
 ), ` + judgeAndWriteSQL
 
 	judgeAndWriteSQL = `judged AS MATERIALIZED (
-	SELECT i.name, i.op, i.id, i.shard, i.meta, i.body, d.region AS self, coalesce(i.type, r.type) AS type,
-		coalesce(i.owning_region, d.region) AS owning_region, coalesce(i.regions, ARRAY[d.region]) AS regions,
+	SELECT i.name, i.op, i.id, i.shard, CASE WHEN i.async THEN r.meta ELSE coalesce(i.meta, '{}') END AS meta, CASE WHEN i.async THEN r.body ELSE i.body END AS body,
+		i.async, i.constrained, d.region AS self, coalesce(i.type, r.type) AS type,
+		coalesce(i.owning_region, d.region) AS owning_region, coalesce(i.regions, CASE WHEN r.state <> 2 THEN r.regions END, ARRAY[d.region]) AS regions,
+		coalesce(i.block, r.state <> 2 AND r.block_deletion, false) AS block,
+		i.tasks | CASE WHEN i.constrained AND i.meta ? 'ownerReferences' AND (i.meta -> 'ownerReferences' = r.meta -> 'ownerReferences') IS NOT TRUE THEN 2 ELSE 0 END AS new_tasks,
+		CASE WHEN r.state = 0 THEN r.tasks ELSE 0 END AS old_tasks, r.task_time AS old_task_time,
 		greatest((SELECT epoch FROM ctl.feed_epoch), r.epoch) AS epoch, coalesce(r.resource_version, (SELECT floor FROM horizon)) AS version,
 		r.name IS NOT NULL AS found, coalesce(r.state <> 2, false) AS live,
 		r.type AS old_type, r.uuid AS old_uuid, r.epoch AS old_epoch, r.resource_version AS old_version, r.generation AS old_generation,
@@ -76,34 +87,38 @@ WITH input (name, type, op, id, shard, owning_region, regions, meta, body, if_ep
 			WHEN i.if_number > 0 AND (r.state <> 2 AND (r.epoch, r.resource_version) = (i.if_epoch, i.if_number)) IS NOT TRUE THEN 'changed'
 			WHEN i.op = 1 AND r.state <> 2 THEN 'exists'
 			WHEN i.op IN (2, 4) AND (r.state <> 2) IS NOT TRUE THEN CASE WHEN i.allow_missing THEN 'absent' ELSE 'missing' END
+			WHEN i.op = 4 AND r.state = 1 THEN 'same'
 			WHEN i.op = 4 AND r.block_deletion THEN 'blocked'
-			WHEN i.op <> 4 AND r.state = 1 THEN 'deleting'
+			WHEN i.op <> 4 AND (r.state = 1 OR r.shadow = 2) THEN 'deleting'
 			WHEN i.op <> 4 AND r.state = 0 AND r.type = i.type AND r.meta = i.meta AND r.body = i.body
-				AND r.regions = coalesce(i.regions, ARRAY[d.region]) THEN 'same'
+				AND r.regions = coalesce(i.regions, r.regions) AND r.block_deletion = coalesce(i.block, r.block_deletion) THEN 'same'
 			ELSE 'write'
 		END AS outcome
 	FROM input i CROSS JOIN ctl.deployment_state d
 		LEFT JOIN LATERAL (SELECT * FROM resources WHERE name = i.name OFFSET 0) r ON true
 ), written AS (
 	INSERT INTO resources AS t (name, type, uuid, epoch, resource_version, generation, shard, owning_region, regions, left_regions, state,
-		create_time, update_time, delete_time, meta, body)
+		block_deletion, create_time, update_time, delete_time, meta, body, shadow, tasks, task_time, shadow_change)
 	SELECT name, type, CASE WHEN live THEN old_uuid ELSE id END, epoch, version + 1,
 		CASE WHEN live THEN old_generation + (op <> 4 AND NOT same_body)::int ELSE 1 END,
 		shard, owning_region, CASE WHEN op = 4 THEN old_regions ELSE regions END,
 		CASE WHEN NOT found THEN '{}' WHEN op = 4 OR old_regions = regions THEN old_left ELSE left_after(old_regions, old_left, regions, self) END,
-		CASE WHEN op = 4 THEN 2 ELSE 0 END,
-		CASE WHEN live THEN create_time ELSE now() END, now(), CASE WHEN op = 4 THEN now() END,
-		CASE WHEN op = 4 THEN '{}' ELSE meta END, CASE WHEN op = 4 THEN NULL ELSE body END
+		CASE WHEN op <> 4 THEN 0 WHEN async THEN 1 ELSE 2 END,
+		block, CASE WHEN live THEN create_time ELSE now() END, now(), CASE WHEN op = 4 THEN now() END, meta, body,
+		CASE WHEN op <> 4 AND constrained THEN 1 ELSE 0 END, CASE WHEN op = 4 THEN 0 ELSE old_tasks | new_tasks END,
+		CASE WHEN op = 4 THEN NULL WHEN new_tasks <> 0 THEN now() WHEN old_tasks <> 0 THEN old_task_time END,
+		CASE WHEN op <> 4 AND old_tasks | new_tasks <> 0 THEN pg_current_xact_id() END
 	FROM judged
 	WHERE outcome = 'write' AND NOT EXISTS (SELECT FROM judged WHERE outcome NOT IN ('write', 'same', 'absent'))
 	ON CONFLICT (name) DO UPDATE SET type = excluded.type, uuid = excluded.uuid, epoch = excluded.epoch, resource_version = excluded.resource_version,
 		generation = excluded.generation, change = pg_current_xact_id(), owning_region = excluded.owning_region, regions = excluded.regions,
-		left_regions = excluded.left_regions, state = excluded.state, block_deletion = false, create_time = excluded.create_time,
-		update_time = excluded.update_time, delete_time = excluded.delete_time, meta = excluded.meta, body = excluded.body
+		left_regions = excluded.left_regions, state = excluded.state, block_deletion = excluded.block_deletion, create_time = excluded.create_time,
+		update_time = excluded.update_time, delete_time = excluded.delete_time, meta = excluded.meta, body = excluded.body,
+		shadow = excluded.shadow, tasks = excluded.tasks, task_time = excluded.task_time, shadow_change = excluded.shadow_change
 	WHERE CASE WHEN (t.epoch, t.resource_version) < (excluded.epoch, excluded.resource_version) THEN true ELSE ctl.conflict(t.name) IS NULL END
-	RETURNING t.name, t.type, t.uuid, t.epoch, t.resource_version, t.generation, t.owning_region, t.regions, t.state, t.create_time, t.update_time, t.delete_time
+	RETURNING t.name, t.type, t.uuid, t.epoch, t.resource_version, t.generation, t.owning_region, t.regions, t.state, t.block_deletion, t.create_time, t.update_time, t.delete_time
 )
-SELECT 'write', name, type, uuid, epoch, resource_version, generation, owning_region, regions, state, false, create_time, update_time, delete_time
+SELECT 'write', name, type, uuid, epoch, resource_version, generation, owning_region, regions, state, block_deletion, create_time, update_time, delete_time
 FROM written
 UNION ALL
 SELECT outcome, name, coalesce(type, ''), coalesce(old_uuid, id), coalesce(old_epoch, 0), coalesce(old_version, 0), coalesce(old_generation, 0),
@@ -180,18 +195,32 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 	if err != nil {
 		return nil, err
 	}
+	refs := referencesOf(whole)
 	var b pgx.Batch // without an explicit BEGIN a batch is one implicit transaction, committed by its one round trip
 	b.Queue(fenceSQL, lockClass, lockFence)
+	if targets := refs.localTargets(); len(targets) > 0 {
+		b.Queue(lockTargetsSQL, targets)
+	}
 	if lockFirst {
 		b.Queue(lockRowsSQL, names(whole))
+	} else if len(refs.deleted) > 0 {
+		b.Queue(lockRowsSQL, refs.deleted)
 	}
+	skip := b.Len()
 	b.Queue(sql, args...)
+	if !refs.empty() {
+		b.Queue(writeReferencesSQL, refs.args()...)
+	}
 
 	br := s.pool.SendBatch(ctx, &b)
-	results, err := readResults(br, whole, lockFirst)
+	results, err := readResults(br, whole, skip)
+	if err == nil && !refs.empty() {
+		_, err = br.Exec()
+	}
 	if cerr := br.Close(); err == nil {
 		err = cerr
 	}
+	err = refs.refusal(err)
 	if err != nil && merged != nil && store.CodeOf(err) == store.Aborted {
 		var se *store.Error
 		if errors.As(err, &se) && merged[se.Name] {
@@ -249,6 +278,7 @@ func (s *Store) statement(writes []store.Write) (sql string, args []any, err err
 	ops, shards := make([]int32, n), make([]int32, n)
 	owners, regions, metas, bodies := make([]*string, n), make([]*string, n), make([]*string, n), make([]*string, n)
 	ifEpoch, ifNumber, allow := make([]int64, n), make([]int64, n), make([]bool, n)
+	block, constrained, async, tasks := make([]*bool, n), make([]bool, n), make([]bool, n), make([]int32, n)
 	for i, w := range writes {
 		names[i], ops[i] = w.Name, int32(w.Op)
 		shards[i] = s.shard(w.Name)
@@ -256,6 +286,13 @@ func (s *Store) statement(writes []store.Write) (sql string, args []any, err err
 			owners[i] = &w.OwningRegion
 		}
 		ifEpoch[i], ifNumber[i], allow[i] = w.IfVersion.Epoch, w.IfVersion.Number, w.AllowMissing
+		block[i] = w.BlockDeletion
+		if c := w.Constraint; c != nil {
+			constrained[i], async[i] = true, w.Op == store.Delete && c.AsyncDeletion
+			if granted(c.References) {
+				tasks[i] = int32(store.ConfirmBlockades)
+			}
+		}
 		if w.Op == store.Delete {
 			continue
 		}
@@ -277,9 +314,11 @@ func (s *Store) statement(writes []store.Write) (sql string, args []any, err err
 		}
 	}
 	if n == 1 {
-		return singleWriteSQL, []any{s.cfg.Version, names[0], types[0], ops[0], ids[0], shards[0], owners[0], regions[0], metas[0], bodies[0], ifEpoch[0], ifNumber[0], allow[0]}, nil
+		return singleWriteSQL, []any{s.cfg.Version, names[0], types[0], ops[0], ids[0], shards[0], owners[0], regions[0], metas[0], bodies[0], ifEpoch[0], ifNumber[0], allow[0],
+			block[0], constrained[0], async[0], tasks[0]}, nil
 	}
-	return batchWriteSQL, []any{s.cfg.Version, names, types, ops, ids, shards, owners, regions, metas, bodies, ifEpoch, ifNumber, allow}, nil
+	return batchWriteSQL, []any{s.cfg.Version, names, types, ops, ids, shards, owners, regions, metas, bodies, ifEpoch, ifNumber, allow,
+		block, constrained, async, tasks}, nil
 }
 
 func names(writes []store.Write) []string {
@@ -309,11 +348,8 @@ func arrayLiteral(values []string) string {
 	return b.String()
 }
 
-func readResults(br pgx.BatchResults, writes []store.Write, lockFirst bool) ([]store.Result, error) {
-	skip := 1
-	if lockFirst {
-		skip = 2
-	}
+// readResults reads the outcome of the write statement, which skip others come before.
+func readResults(br pgx.BatchResults, writes []store.Write, skip int) ([]store.Result, error) {
 	for range skip {
 		if _, err := br.Exec(); err != nil {
 			return nil, err
@@ -373,6 +409,9 @@ func readResults(br pgx.BatchResults, writes []store.Write, lockFirst bool) ([]s
 
 // refusal is the error for an outcome of writeSQL, nil for those that are none.
 func refusal(outcome string, w store.Write, stored *store.Resource) error {
+	if w.Constraint != nil && w.Constraint.Closure && (outcome == "changed" || outcome == "missing" || outcome == "deleting") {
+		return &store.Error{Code: store.Aborted, Name: w.Name, Reason: "changed while a resource that it refers to was being deleted: repeat", Cause: store.ErrChanged}
+	}
 	switch outcome {
 	case "frozen":
 		return store.Errorf(store.Unavailable, w.Name, "this API version does not take writes at the moment: repeat in a few seconds")
