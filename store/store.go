@@ -228,6 +228,8 @@ type Store interface {
 const (
 	MaxBatch    = 1000
 	MaxPageSize = 1000
+	// MaxClosure bounds a batch together with the deletions that follow from it (Constraint.Closure).
+	MaxClosure = 250_000
 )
 
 // Apply runs a single write.

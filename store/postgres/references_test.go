@@ -149,7 +149,17 @@ var _ = Describe("references", func() {
 			ok(write(deleted("shelves/b")))
 			Expect(write(deleted("shelves/t"))).To(changed)
 			Expect(write(deleted("shelves/t"), deleted("shelves/c"), deleted("shelves/cc"))).To(changed, "the unset is missing")
-			ok(write(deleted("shelves/t"), deleted("shelves/c"), deleted("shelves/cc"), saved("shelves/u")))
+			cascaded := func(name string) store.Write {
+				w := deleted(name)
+				w.Constraint.Closure = true
+				return w
+			}
+			Expect(write(deleted("shelves/none"), cascaded("shelves/c"), cascaded("shelves/cc"))).To(haveCode(store.NotFound))
+			_, err = s.Get(ctx, "shelves/c")
+			ok(err)
+			ok(write(deleted("shelves/t"), cascaded("shelves/c"), cascaded("shelves/cc"), saved("shelves/u")))
+			_, err = s.Get(ctx, "shelves/c")
+			Expect(err).To(haveCode(store.NotFound))
 			Expect(shadow("shelves/t").State).To(Equal(store.ShadowDeleting), "an asynchronous referrer is left (F52)")
 			_, err = s.Get(ctx, "shelves/t")
 			Expect(err).To(haveCode(store.NotFound))

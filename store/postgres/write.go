@@ -137,7 +137,9 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 		var results []store.Result
 		results, err = s.tryWrite(ctx, writes, attempt > 0)
 		if err == nil {
-			if shards := s.changed(results); len(shards) > 0 {
+			if shards := s.changed(results); len(writes) > store.MaxBatch {
+				s.hub.Committed(true) // everybody: a cascade that large is everywhere
+			} else if len(shards) > 0 {
 				s.hub.Committed(true, shards...)
 			}
 			return results, nil
@@ -155,8 +157,14 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 }
 
 func checkBatch(writes []store.Write) error {
-	if len(writes) == 0 || len(writes) > store.MaxBatch {
-		return store.Invalid("writes", fmt.Sprintf("has %d entries: send 1 to %d", len(writes), store.MaxBatch))
+	n := 0
+	for _, w := range writes {
+		if !cascades(w) {
+			n++
+		}
+	}
+	if n == 0 || n > store.MaxBatch || len(writes) > store.MaxClosure {
+		return store.Invalid("writes", fmt.Sprintf("has %d entries: send 1 to %d", n, store.MaxBatch))
 	}
 	seen := make(map[string]bool, len(writes))
 	for i, w := range writes {
@@ -166,6 +174,11 @@ func checkBatch(writes []store.Write) error {
 		seen[w.Name] = true
 	}
 	return nil
+}
+
+// cascades reports whether w only follows from another Delete of its batch, so that nobody waits for its result.
+func cascades(w store.Write) bool {
+	return w.Op == store.Delete && w.Constraint != nil && w.Constraint.Closure
 }
 
 // changed returns the shards in which something was written.
@@ -191,7 +204,8 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 		return nil, err
 	}
 	// In the order of names: transactions that write the same rows must lock them in the same order.
-	sql, args, err := s.statement(slices.SortedFunc(slices.Values(whole), func(a, b store.Write) int { return strings.Compare(a.Name, b.Name) }))
+	ordered := slices.SortedFunc(slices.Values(whole), func(a, b store.Write) int { return strings.Compare(a.Name, b.Name) })
+	sql, args, err := s.statement(slices.DeleteFunc(slices.Clone(ordered), cascades))
 	if err != nil {
 		return nil, err
 	}
@@ -208,13 +222,14 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 	}
 	skip := b.Len()
 	b.Queue(sql, args...)
+	s.queueCascade(&b, ordered)
 	if !refs.empty() {
 		b.Queue(writeReferencesSQL, refs.args()...)
 	}
 
 	br := s.pool.SendBatch(ctx, &b)
 	results, err := readResults(br, whole, skip)
-	if err == nil && !refs.empty() {
+	for n := skip + 1; err == nil && n < b.Len(); n++ {
 		_, err = br.Exec()
 	}
 	if cerr := br.Close(); err == nil {
@@ -231,6 +246,31 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 		return nil, err
 	}
 	return results, nil
+}
+
+// cascadeSQL deletes what goes with others: a set, not judged row by row. What is not as the plan says stays, and then write_references finds that it still refers to what
+// goes. Nothing happens where the other writes have been refused.
+const cascadeSQL = `
+UPDATE resources t SET epoch = greatest(t.epoch, f.epoch), resource_version = t.resource_version + 1, change = pg_current_xact_id(), state = CASE WHEN c.async THEN 1 ELSE 2 END,
+	update_time = now(), delete_time = now(), meta = CASE WHEN c.async THEN t.meta ELSE '{}' END, body = CASE WHEN c.async THEN t.body END,
+	shadow = 0, tasks = 0, task_time = NULL, shadow_change = NULL
+FROM unnest((SELECT $2::text[]), (SELECT $3::bool[])) AS c (name, async), ctl.feed_epoch f
+WHERE t.name = c.name AND t.state = 0 AND NOT t.block_deletion AND t.owning_region = (SELECT region FROM ctl.deployment_state)
+	AND EXISTS (SELECT FROM resources w WHERE w.name = ANY ($1) AND w.change = pg_current_xact_id_if_assigned())`
+
+func (s *Store) queueCascade(b *pgx.Batch, writes []store.Write) {
+	var others, names []string
+	var async []bool
+	for _, w := range writes {
+		if !cascades(w) {
+			others = append(others, w.Name)
+			continue
+		}
+		names, async = append(names, w.Name), append(async, w.Constraint.AsyncDeletion)
+	}
+	if len(names) > 0 {
+		b.Queue(cascadeSQL, others, names, async)
+	}
 }
 
 // unmask turns masked writes into writes of the whole resource at the version that was read. merged holds the names whose IfVersion is
