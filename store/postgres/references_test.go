@@ -114,7 +114,11 @@ var _ = Describe("references", func() {
 						ok(write(saved(target)))
 						var race sync.WaitGroup
 						var saveErr, deleteErr error
-						race.Go(func() { saveErr = write(saved(target+"r", ref("t", target, store.Block))) })
+						w := saved(target+"r", ref("t", target, store.Block))
+						if i%2 == 0 {
+							w.Op = store.Create // has a statement of its own
+						}
+						race.Go(func() { saveErr = write(w) })
 						race.Go(func() { deleteErr = write(deleted(target)) })
 						race.Wait()
 						if saveErr == nil {
