@@ -59,6 +59,10 @@ test: ## Run all tests under the race detector. TEST_ARGS picks packages or test
 	@hack/deps.sh test
 	@hack/test.sh $(TEST_ARGS)
 
+.PHONY: model
+model: ## Search the protocol of references exhaustively, and find every planted bug.
+	@go run ./hack/model
+
 .PHONY: lint
 lint: verify-generate ## Check style, dependency direction, contracts and generated files.
 	@"$$(hack/tool.sh golangci-lint)/golangci-lint" run ./...

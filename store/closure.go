@@ -4,6 +4,8 @@ import "time"
 
 // Closure is what a deletion would take along in this database, and who may object (spec 4.3).
 type Closure struct {
+	// Epoch of the feed before anything of the plan was read. Who may refer to the resources (Suspects) is asked after it.
+	Epoch int64
 	// Delete are the roots, then what cascades synchronously, in the order of names.
 	Delete []Doomed
 	// Unset are the fields that are cleared in the same transaction.

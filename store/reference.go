@@ -111,6 +111,10 @@ type Constraint struct {
 	// resource, 0 if nobody was asked.
 	Asked   []Location
 	Attempt int64
+	// UUID is the incarnation for which this Delete was planned, and Epoch the epoch of this database's feed from before the plan was made (Closure.Epoch); empty and 0 are not
+	// checked. All deletes of a batch have the same epoch.
+	UUID  string
+	Epoch int64
 	// Tell keeps the shadow of this Delete until every Deployment that may refer to it has been asked, because after a failover it is not known who does.
 	Tell bool
 }
@@ -170,7 +174,9 @@ type Blockade struct {
 // Shadow is what the engine knows about the references of one owned resource: a projection of its row and of the reference tables.
 type Shadow struct {
 	Name, Type, UUID string
-	State            ShadowState
+	// Epoch of the feed when the shadow was read.
+	Epoch int64
+	State ShadowState
 	// ResourceState is the state of the resource itself.
 	ResourceState State
 	Tasks         Tasks

@@ -71,6 +71,7 @@ func (s *Store) incoming(ctx context.Context, targets []string, behaviors []int3
 func (s *Store) describe(ctx context.Context, c *store.Closure, names []string, via map[string]store.Doomed, async int) error {
 	sources := map[string][]store.Source{}
 	var b pgx.Batch
+	b.Queue("SELECT epoch FROM ctl.feed_epoch").QueryRow(func(r pgx.Row) error { return r.Scan(&c.Epoch) })
 	b.Queue("SELECT name, location, blocking, subscriber, ownee FROM sources WHERE name = ANY ($1) ORDER BY name, location", names).Query(func(rows pgx.Rows) error {
 		var name, location string
 		var src store.Source
@@ -166,13 +167,13 @@ func (s *Store) shadows(ctx context.Context, where string, args ...any) ([]*stor
 	byName := map[string]*store.Shadow{}
 	err := s.scan(ctx, func(tx pgx.Tx) error { // one snapshot for all tables
 		rows, err := tx.Query(ctx, `SELECT name, type, uuid::text, shadow, state, tasks, coalesce(task_time, 'epoch'), coalesce(delete_time, 'epoch'), row_version, block_deletion,
-			coalesce(task_error, ''), coalesce(task_retry, 'epoch') FROM resources WHERE shadow <> 0 AND `+where+` ORDER BY name LIMIT $2`, args...)
+			coalesce(task_error, ''), coalesce(task_retry, 'epoch'), (SELECT epoch FROM ctl.feed_epoch) FROM resources WHERE shadow <> 0 AND `+where+` ORDER BY name LIMIT $2`, args...)
 		if err != nil {
 			return err
 		}
 		all, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (*store.Shadow, error) {
 			h := &store.Shadow{Unconfirmed: map[int]bool{}}
-			err := r.Scan(&h.Name, &h.Type, &h.UUID, &h.State, &h.ResourceState, &h.Tasks, &h.TaskTime, &h.DeleteTime, &h.RowVersion, &h.BlockDeletion, &h.LastError, &h.NextRetry)
+			err := r.Scan(&h.Name, &h.Type, &h.UUID, &h.State, &h.ResourceState, &h.Tasks, &h.TaskTime, &h.DeleteTime, &h.RowVersion, &h.BlockDeletion, &h.LastError, &h.NextRetry, &h.Epoch)
 			h.TaskTime, h.DeleteTime, h.NextRetry = known(h.TaskTime), known(h.DeleteTime), known(h.NextRetry)
 			byName[h.Name] = h
 			return h, err

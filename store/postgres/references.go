@@ -10,7 +10,7 @@ import (
 	"github.com/dbcontroller/db-controller/store"
 )
 
-const writeReferencesSQL = `SELECT write_references($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)`
+const writeReferencesSQL = `SELECT write_references($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)`
 
 // references are the parameters of write_references: what the constrained writes of one batch refer to, and what is deleted. It is the second half
 // of the write, in the same transaction.
@@ -18,10 +18,13 @@ type references struct {
 	saved []string
 
 	deleted []string
+	planned []*string // the uuids that the plan was made for
 	attempt []int64
 	asked   []string // array literals: unnest would flatten an array of arrays
 	async   []bool
 	told    []bool
+	// plannedIn is the epoch in which the deletions were planned.
+	plannedIn int64
 
 	referrer, field, target, location []string
 	kind, behavior                    []int32
@@ -46,6 +49,12 @@ func referencesOf(writes []store.Write) *references {
 			r.asked = append(r.asked, arrayLiteral(asked))
 			r.async = append(r.async, c.AsyncDeletion)
 			r.told = append(r.told, c.Tell)
+			r.plannedIn = c.Epoch
+			var id *string
+			if c.UUID != "" {
+				id = &c.UUID
+			}
+			r.planned = append(r.planned, id)
 		case w.Op != store.Create || len(c.References) > 0: // what is new and refers to nothing has nothing to be written
 			r.saved = append(r.saved, w.Name)
 			for _, ref := range c.References {
@@ -84,7 +93,7 @@ func (r *references) localTargets() []string {
 }
 
 func (r *references) args() []any {
-	return []any{r.saved, r.deleted, r.attempt, r.asked, r.async, r.told, r.referrer, r.field, r.target, r.location, r.kind, r.behavior,
+	return []any{r.saved, r.deleted, r.planned, r.attempt, r.asked, r.async, r.told, r.plannedIn, r.referrer, r.field, r.target, r.location, r.kind, r.behavior,
 		r.tx, r.uuid, r.epoch, r.rowVersion, r.home.Epoch, r.home.Fence}
 }
 

@@ -301,6 +301,31 @@ var _ = Describe("references", func() {
 			Expect(done).To(BeTrue())
 		})
 
+		It("delete nothing that was planned before a failover, or for another incarnation", func(ctx SpecContext) {
+			ok(write(saved("shelves/t")))
+			c, err := s.Closure(ctx, []string{"shelves/t"}, 10, 10, 0)
+			ok(err)
+			w := deleted("shelves/t")
+			w.Constraint.Epoch, w.Constraint.UUID = c.Epoch, uuid.NewString()
+			Expect(write(w)).To(changed)
+			w.Constraint.UUID = c.Delete[0].UUID
+			_, err = s.RaiseEpoch(ctx)
+			ok(err)
+			Expect(write(w)).To(changed)
+			q, err := s.BeginAttempt(ctx, []string{"shelves/t"})
+			ok(err)
+			stale := q["shelves/t"]
+			stale.Epoch = c.Epoch
+			pruned, err := s.PruneSource(ctx, stale, elsewhere, store.Source{})
+			ok(err)
+			Expect(pruned).To(BeFalse())
+			pruned, err = s.PruneSource(ctx, q["shelves/t"], elsewhere, store.Source{})
+			ok(err)
+			Expect(pruned).To(BeTrue())
+			w.Constraint.Epoch = q["shelves/t"].Epoch
+			ok(write(w))
+		})
+
 		It("suspects those who may have been forgotten in a failover", func(ctx SpecContext) {
 			got, err := s.Suspects(ctx, []store.Location{elsewhere})
 			ok(err)
@@ -379,6 +404,14 @@ var _ = Describe("references", func() {
 			_, err = s.RaiseEpoch(ctx)
 			ok(err)
 			Expect(write(saved("shelves/r4", foreign("shelves/far", store.AsyncUnset, late)))).To(changed, "fences of it may have been lost")
+		})
+		It("are void once a sweep for a later epoch of the target has begun (I4)", func(ctx SpecContext) {
+			old := grant(0)
+			ok(s.BeginSweep(ctx, elsewhere, 2))
+			ok(s.BeginSweep(ctx, elsewhere, 1))
+			Expect(write(saved("shelves/r", foreign("shelves/far", store.Block, old)))).To(changed)
+			old.Epoch = 2
+			ok(write(saved("shelves/r", foreign("shelves/far", store.Block, old))))
 		})
 		It("are listed for a sweep, and handled when their target goes (F65, F66)", func(ctx SpecContext) {
 			for i := range 5 {

@@ -369,14 +369,15 @@ func (s *Store) DropBlockades(ctx context.Context, blockades []store.Blockade) e
 	return s.fail(err, "drop %d expired blockades", n)
 }
 
-// PruneSource makes what is known of a source of references keep, all false removing it, if nothing was granted since the question was asked: the attempt
-// q still stands, or the resource is being deleted and nothing can be granted any more.
+// PruneSource makes what is known of a source of references keep, all false removing it, if the attempt under which it was asked (q) still stands: nothing was granted since,
+// and no failover has taken back what was.
 func (s *Store) PruneSource(ctx context.Context, q store.Question, at store.Location, keep store.Source) (pruned bool, err error) {
 	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, "SELECT ctl.enter_write($1)", s.cfg.Version); err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, "SELECT FROM resources WHERE name = $1 AND uuid = $2 AND (row_version = $3 OR shadow = 2) FOR UPDATE", q.Name, q.UUID, q.RowVersion)
+		tag, err := tx.Exec(ctx, "SELECT FROM resources WHERE name = $1 AND uuid = $2 AND row_version = $3 AND $4 = (SELECT epoch FROM ctl.feed_epoch) FOR UPDATE",
+			q.Name, q.UUID, q.RowVersion, q.Epoch)
 		if pruned = tag.RowsAffected() > 0; err != nil || !pruned {
 			return err
 		}
@@ -446,6 +447,20 @@ func (s *Store) ReferencesTo(ctx context.Context, at store.Location, after strin
 		next = refs[len(refs)-1].Referrer
 	}
 	return refs, next, wrap(err, "list references to %s", at)
+}
+
+// BeginSweep says that all references to a Deployment are about to be confirmed again, because its feed has begun an epoch. From now on no grant of an older epoch can be
+// used: the sweep might already have passed the place of its reference.
+func (s *Store) BeginSweep(ctx context.Context, at store.Location, epoch int64) error {
+	err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "SELECT ctl.lock_target(true, $1, '')", at.String()); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `INSERT INTO ctl.swept_epoch AS s (location, epoch) VALUES ($1, $2)
+			ON CONFLICT (location) DO UPDATE SET epoch = greatest(s.epoch, excluded.epoch)`, at.String(), epoch)
+		return err
+	})
+	return wrap(err, "begin the sweep of references to %s", at)
 }
 
 // ReadTasks delivers shadows that have had work due since c; the zero cursor is all that have work due now.

@@ -5,6 +5,12 @@ CREATE TABLE referrer_epoch (
     epoch    bigint NOT NULL
 );
 
+-- Since when, in the epochs of another Deployment, our references to it have been sent again: a grant from an older epoch is void, because the sweep has not seen what it permits.
+CREATE TABLE swept_epoch (
+    location text PRIMARY KEY,
+    epoch    bigint NOT NULL
+);
+
 -- A fence or a grant travels under this class of advisory locks, keyed by the target's hash: shared by those who commit a reference, exclusive for those who
 -- answer that there is none.
 CREATE FUNCTION lock_target(exclusive boolean, location text, target text) RETURNS void LANGUAGE plpgsql AS $$

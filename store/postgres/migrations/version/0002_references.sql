@@ -72,7 +72,7 @@ ALTER TABLE horizon ADD fences bigint NOT NULL DEFAULT 0;
 --
 -- A save passes its name and references (r_*), a deletion its name with what was asked about it (d_*).
 CREATE FUNCTION write_references(s_name text[],
-    d_name text[], d_attempt bigint[], d_asked text[], d_async boolean[], d_told boolean[],
+    d_name text[], d_uuid uuid[], d_attempt bigint[], d_asked text[], d_async boolean[], d_told boolean[], d_epoch bigint,
     r_referrer text[], r_field text[], r_target text[], r_location text[], r_kind int[], r_behavior int[],
     r_tx uuid[], r_uuid uuid[], r_epoch bigint[], r_version bigint[], home_epoch bigint, home_fence bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -90,6 +90,11 @@ BEGIN
     IF home_epoch <> 0 THEN
         PERFORM ctl.lock_target(false, g.location, g.target)
             FROM (SELECT DISTINCT hashtext(l || ' ' || t), l, t FROM unnest(r_location, r_target, r_uuid) AS x (l, t, u) WHERE u IS NOT NULL ORDER BY 1) AS g (h, location, target);
+        PERFORM ctl.lock_target(false, l, '') FROM (SELECT DISTINCT l FROM unnest(r_location, r_uuid) AS x (l, u) WHERE u IS NOT NULL ORDER BY 1) AS g;
+        SELECT g.l INTO bad FROM unnest(r_location, r_uuid, r_epoch) AS g (l, u, e) JOIN ctl.swept_epoch w ON w.location = g.l WHERE g.u IS NOT NULL AND g.e < w.epoch LIMIT 1;
+        IF FOUND THEN
+            RAISE EXCEPTION 'the grant of % is from before its failover', bad.l USING ERRCODE = 'DB001';
+        END IF;
         SELECT g.t INTO bad FROM unnest(r_location, r_target, r_uuid, r_epoch, r_version) AS g (l, t, u, e, v)
             JOIN fences f ON f.target = g.t AND f.location = g.l AND f.uuid = g.u AND (f.epoch, f.row_version) > (g.e, g.v) LIMIT 1;
         IF FOUND THEN
@@ -155,7 +160,11 @@ BEGIN
         IF FOUND THEN
             RAISE EXCEPTION '% has a source that was not asked', bad.name USING ERRCODE = 'DB001';
         END IF;
-        SELECT t.name INTO bad FROM resources t JOIN unnest(d_name, d_attempt) AS d (n, a) ON d.n = t.name WHERE d.a <> 0 AND t.row_version <> d.a LIMIT 1;
+        IF d_epoch <> 0 AND d_epoch <> (SELECT epoch FROM ctl.feed_epoch) THEN
+            RAISE EXCEPTION 'the deletion was planned in another history of this database' USING ERRCODE = 'DB001';
+        END IF;
+        SELECT t.name INTO bad FROM resources t JOIN unnest(d_name, d_uuid, d_attempt) AS d (n, u, a) ON d.n = t.name
+            WHERE d.a <> 0 AND t.row_version <> d.a OR d.u IS NOT NULL AND d.u <> t.uuid LIMIT 1;
         IF FOUND THEN
             RAISE EXCEPTION 'the attempt to delete % was overtaken', bad.name USING ERRCODE = 'DB001';
         END IF;
