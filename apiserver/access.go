@@ -22,10 +22,12 @@ type rule uint8
 const (
 	// users may call it.
 	users rule = iota + 1
-	// writers: users may call it, and Deployments of this service that forward a user's write.
+	// writers: users may call it, and Deployments of this service that forward a user's write, or ask for a user (Explain).
 	writers
 	// deployments of this service may call it.
 	deployments
+	// anyDeployment that the registry knows may call it, of whatever service.
+	anyDeployment
 )
 
 // rules is the authorization table. A method that is not in it may be called by nobody.
@@ -38,11 +40,27 @@ var rules = map[string]rule{
 	rpc.ResourcesUpdateProcedure:     writers,
 	rpc.ResourcesDeleteProcedure:     writers,
 	rpc.ResourcesBatchWriteProcedure: writers,
+	rpc.ResourcesExplainProcedure:    writers,
 	rpc.FeedPingProcedure:            deployments,
 	rpc.FeedTailProcedure:            deployments,
 	rpc.FeedDigestProcedure:          deployments,
 	rpc.FeedVersionsProcedure:        deployments,
 	rpc.FeedFetchProcedure:           deployments,
+
+	rpc.SchemaMixinEstablishReferencesProcedure:                  anyDeployment,
+	rpc.SchemaMixinConfirmBlockadesProcedure:                     anyDeployment,
+	rpc.SchemaMixinCheckIfResourceIsBlockedProcedure:             anyDeployment,
+	rpc.SchemaMixinCheckIfResourceHasDeletionSubscriberProcedure: anyDeployment,
+	rpc.SchemaMixinCheckIfHasMetaOwneeProcedure:                  anyDeployment,
+	rpc.SchemaMixinConfirmMetaOwnerProcedure:                     anyDeployment,
+	rpc.SchemaMixinUpgradeMetaOwnerVersionProcedure:              anyDeployment,
+	rpc.SchemaMixinRemoveMetaOwnerReferenceProcedure:             anyDeployment,
+	rpc.SchemaMixinListMetaOwneesProcedure:                       anyDeployment,
+	rpc.SchemaMixinWatchImportedServiceDeletionsProcedure:        anyDeployment,
+	rpc.SchemaMixinPlanDeletionProcedure:                         anyDeployment,
+	rpc.ResourceShadowsGetResourceShadowProcedure:                users,
+	rpc.ResourceShadowsListResourceShadowsProcedure:              users,
+	rpc.ResourceShadowsWatchResourceShadowsProcedure:             users,
 }
 
 // request is what is known of a call before its message is read.
@@ -99,7 +117,13 @@ func (s *Server) authorize(ctx context.Context, procedure string) error {
 	}
 	r := requestOf(ctx)
 	if r.caller.IsUser() {
-		if rule == deployments || r.forwardedBy != "" {
+		if rule == deployments || rule == anyDeployment || r.forwardedBy != "" {
+			return denied()
+		}
+		return nil
+	}
+	if rule == anyDeployment {
+		if !s.isDeclared(r.caller) {
 			return denied()
 		}
 		return nil
@@ -112,9 +136,11 @@ func (s *Server) authorize(ctx context.Context, procedure string) error {
 
 // isPeer says whether id is another Deployment of our service that the registry knows and that is not disabled.
 func (s *Server) isPeer(id pki.Identity) bool {
-	if id.Service != s.cfg.Service || id.Region == s.cfg.Region {
-		return false
-	}
+	return id.Service == s.cfg.Service && id.Region != s.cfg.Region && s.isDeclared(id)
+}
+
+// isDeclared says whether id is a Deployment that the registry knows and that is not disabled.
+func (s *Server) isDeclared(id pki.Identity) bool {
 	d, known := s.cfg.Topology.View().Deployment(registry.Key{Service: id.Service, Region: id.Region})
 	return known && !d.Disabled
 }

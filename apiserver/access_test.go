@@ -32,28 +32,40 @@ var _ = Describe("Access", Ordered, func() {
 		{"undeclared peer", deployment("mars"), "mars"},
 		{"disabled peer", deployment("off"), "off"},
 		{"ourselves", deployment("eu"), "eu"},
-		{"Deployment of another service", pki.Identity{TrustDomain: domain, Service: "other.example.com", Region: us}, us},
+		{"undeclared Deployment of another service", pki.Identity{TrustDomain: domain, Service: "other.example.com", Region: us}, us},
+		{"Deployment of another service", pki.Identity{TrustDomain: domain, Service: "library.example.com", Region: us}, us},
 	}
 	user, forwarder, peer := []string{"user"}, []string{"user", "peer that forwards"}, []string{"peer", "peer that forwards", "peer that forwards as another"}
+	anyPeer := append([]string{"Deployment of another service"}, peer...)
 	allowed := map[string][]string{
 		"Resources/Get": user, "Resources/BatchGet": user, "Resources/List": user, "Resources/Watch": user,
-		"Resources/Create": forwarder, "Resources/Update": forwarder, "Resources/Delete": forwarder, "Resources/BatchWrite": forwarder,
+		"Resources/Create": forwarder, "Resources/Update": forwarder, "Resources/Delete": forwarder, "Resources/BatchWrite": forwarder, "Resources/Explain": forwarder,
 		"Feed/Ping": peer, "Feed/Tail": peer, "Feed/Digest": peer, "Feed/Versions": peer, "Feed/Fetch": peer,
+		"SchemaMixin/EstablishReferences": anyPeer, "SchemaMixin/ConfirmBlockades": anyPeer, "SchemaMixin/CheckIfResourceIsBlocked": anyPeer,
+		"SchemaMixin/CheckIfResourceHasDeletionSubscriber": anyPeer, "SchemaMixin/CheckIfHasMetaOwnee": anyPeer, "SchemaMixin/ConfirmMetaOwner": anyPeer,
+		"SchemaMixin/UpgradeMetaOwnerVersion": anyPeer, "SchemaMixin/RemoveMetaOwnerReference": anyPeer, "SchemaMixin/ListMetaOwnees": anyPeer,
+		"SchemaMixin/WatchImportedServiceDeletions": anyPeer, "SchemaMixin/PlanDeletion": anyPeer,
+		"ResourceShadows/GetResourceShadow": user, "ResourceShadows/ListResourceShadows": user, "ResourceShadows/WatchResourceShadows": user,
 	}
 
 	var w *world
 	BeforeAll(func() {
-		w = newWorld(false, nil, "eu")
+		w = newWorld(false, func(c *Config) { c.Mixin = idleMixin{} }, "eu")
 		for _, name := range []string{us, ap, "off"} {
 			d := w.deployments[0].DeepCopy()
 			d.Name, d.Spec.Region, d.Spec.Disabled = name, name, name == "off"
 			w.deployments = append(w.deployments, d)
 		}
+		other := w.deployments[0].DeepCopy()
+		other.Name, other.Spec.Service, other.Spec.Region = "library", "library.example.com", us
+		w.deployments = append(w.deployments, other)
 		w.publish()
 	})
 
 	services := []protoreflect.ServiceDescriptor{}
-	for _, file := range []protoreflect.FileDescriptor{dbcontrollerv1.File_dbcontroller_v1_resources_proto, dbcontrollerv1.File_dbcontroller_v1_feed_proto} {
+	for _, file := range []protoreflect.FileDescriptor{
+		dbcontrollerv1.File_dbcontroller_v1_resources_proto, dbcontrollerv1.File_dbcontroller_v1_feed_proto, dbcontrollerv1.File_dbcontroller_v1_mixin_proto,
+	} {
 		for i := range file.Services().Len() {
 			services = append(services, file.Services().Get(i))
 		}
@@ -96,16 +108,24 @@ func contains(list []string, s string) bool {
 	return strings.Contains("\n"+strings.Join(list, "\n")+"\n", "\n"+s+"\n")
 }
 
-// call sends a message that is empty but for a Peer, to eu, and returns the code of the answer; 0 if there was one, or if a stream began.
+// call sends a message that is empty but for a Peer or a Call of us, to eu, and returns the code of the answer; 0 if there was one, or if a stream began.
 func call(w *world, method protoreflect.MethodDescriptor, id pki.Identity, forwardedBy string) connect.Code {
 	GinkgoHelper()
 	ctx, cancel := context.WithCancel(GinkgoT().Context())
 	defer cancel()
 	msg := dynamicpb.NewMessage(method.Input())
+	set := func(to *dynamicpb.Message, name string, v any) {
+		to.Set(to.Descriptor().Fields().ByName(protoreflect.Name(name)), protoreflect.ValueOf(v))
+	}
+	if f := method.Input().Fields().ByName("call"); f != nil {
+		c := dynamicpb.NewMessage(f.Message())
+		requester := dynamicpb.NewMessage(f.Message().Fields().ByName("requester").Message())
+		set(requester, "service", id.Service)
+		set(requester, "region", "us")
+		set(c, "requester", protoreflect.Message(requester))
+		msg.Set(f, protoreflect.ValueOfMessage(c))
+	}
 	if f := method.Input().Fields().ByName("peer"); f != nil {
-		set := func(to *dynamicpb.Message, name string, v any) {
-			to.Set(to.Descriptor().Fields().ByName(protoreflect.Name(name)), protoreflect.ValueOf(v))
-		}
 		p := dynamicpb.NewMessage(f.Message())
 		set(p, "service", service)
 		set(p, "for_region", "us")

@@ -142,7 +142,10 @@ func (s *Server) delete(ctx context.Context, req *dbcontrollerv1.DeleteRequest) 
 	if p != nil {
 		return forward(ctx, s, p, p.client.Delete, req)
 	}
-	if _, err := s.writeOne(ctx, w, req.GetValidateOnly()); err != nil {
+	if req.GetValidateOnly() {
+		return s.planDelete(ctx, w)
+	}
+	if _, err := s.apply(ctx, []write{w}); err != nil {
 		return nil, err
 	}
 	return &dbcontrollerv1.DeleteResponse{}, nil
@@ -213,7 +216,7 @@ func (s *Server) writeOne(ctx context.Context, w write, validateOnly bool) (*dbc
 		return s.preview(ctx, w)
 	}
 	results, err := s.apply(ctx, []write{w})
-	if err != nil || results[0].Resource == nil {
+	if err != nil {
 		return nil, err
 	}
 	return resourceOf(results[0].Resource), nil
@@ -386,6 +389,10 @@ func (r resourcesService) Delete(ctx context.Context, req *connect.Request[dbcon
 
 func (r resourcesService) BatchWrite(ctx context.Context, req *connect.Request[dbcontrollerv1.BatchWriteRequest]) (*connect.Response[dbcontrollerv1.BatchWriteResponse], error) {
 	return unary(ctx, req, r.s.batchWrite)
+}
+
+func (r resourcesService) Explain(ctx context.Context, req *connect.Request[dbcontrollerv1.ExplainRequest]) (*connect.Response[dbcontrollerv1.Explanation], error) {
+	return unary(ctx, req, r.s.explain)
 }
 
 func (r resourcesService) Watch(ctx context.Context, req *connect.Request[dbcontrollerv1.WatchRequest], stream *connect.ServerStream[dbcontrollerv1.WatchResponse]) error {

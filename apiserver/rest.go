@@ -14,6 +14,7 @@ import (
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
@@ -25,8 +26,9 @@ import (
 // The REST form of Resources; VERSION is the API version. Query parameters may be written in snake_case or camelCase.
 //
 //	GET    /VERSION/{name}
+//	GET    /VERSION/{name}:explain          ?local_only=             an id that ends so is written with %3A
 //	PATCH  /VERSION/{name}                  ?update_mask= &allow_missing= &validate_only=    If-Match: etag
-//	DELETE /VERSION/{name}                  ?etag= &allow_missing= &validate_only=           If-Match: etag
+//	DELETE /VERSION/{name}                  ?etag= &allow_missing= &validate_only=           If-Match: etag; validate_only answers with the plan
 //	GET    /VERSION/{collection}            ?page_size= &page_token= &filter= &order_by=
 //	POST   /VERSION/{collection}            ?id= &validate_only=     the id of the new resource, unless its name is in the body
 //	GET    /VERSION/{collection}:watch      ?resume_token= &filter=  one JSON object per line
@@ -90,6 +92,9 @@ func (s *Server) endpoint(r *http.Request) endpoint {
 	}
 	path = path[1:]
 	if strings.Count(path, "/")%2 == 1 { // pairs of a collection and an id
+		if name, ok := strings.CutSuffix(path, ":explain"); ok && strings.HasSuffix(r.URL.EscapedPath(), ":explain") && r.Method == http.MethodGet {
+			return endpoint{procedure: rpc.ResourcesExplainProcedure, path: name, allowed: []string{"local_only"}, serve: s.restExplain}
+		}
 		switch r.Method {
 		case http.MethodPatch:
 			return endpoint{procedure: rpc.ResourcesUpdateProcedure, path: path, allowed: []string{"update_mask", "allow_missing", "validate_only"}, serve: s.restUpdate}
@@ -279,10 +284,23 @@ func (s *Server) restDelete(ctx context.Context, x *exchange) error {
 	if err != nil {
 		return err
 	}
-	if _, err := s.delete(ctx, &dbcontrollerv1.DeleteRequest{Name: x.path, Etag: etag, AllowMissing: allowMissing, ValidateOnly: validateOnly}); err != nil {
+	res, err := s.delete(ctx, &dbcontrollerv1.DeleteRequest{Name: x.path, Etag: etag, AllowMissing: allowMissing, ValidateOnly: validateOnly})
+	if err != nil {
 		return err
 	}
-	return x.reply([]byte("{}"))
+	return x.message(res)
+}
+
+func (s *Server) restExplain(ctx context.Context, x *exchange) error {
+	localOnly, err := x.bool("local_only")
+	if err != nil {
+		return err
+	}
+	res, err := s.explain(ctx, &dbcontrollerv1.ExplainRequest{Name: x.path, LocalOnly: localOnly})
+	if err != nil {
+		return err
+	}
+	return x.message(res)
 }
 
 func (s *Server) restBatchWrite(ctx context.Context, x *exchange) error {
@@ -347,6 +365,15 @@ func (x *exchange) resources(list []*dbcontrollerv1.Resource, nextPageToken stri
 		out = appendString(append(out, `,"nextPageToken":`...), nextPageToken)
 	}
 	return x.reply(append(out, '}'))
+}
+
+// message sends what is no resource.
+func (x *exchange) message(m proto.Message) error {
+	out, err := appendMessage(nil, m)
+	if err != nil {
+		return err
+	}
+	return x.reply(out)
 }
 
 // reply sends a whole answer. That the caller is gone is no failure of the call.

@@ -6,6 +6,8 @@ import (
 
 	. "github.com/onsi/ginkgo/v2"
 	. "github.com/onsi/gomega"
+
+	"github.com/dbcontroller/db-controller/constraint"
 )
 
 const apt = "/sections/admin/packages/apt"
@@ -14,7 +16,7 @@ var _ = Describe("REST", func() {
 	var w *world
 	var eu, us rest
 	BeforeEach(func() {
-		w = newWorld(false, func(c *Config) { c.MaxMessageBytes = 1 << 20 }, "eu", "us")
+		w = newWorld(false, func(c *Config) { c.MaxMessageBytes, c.Planner = 1<<20, planned{new(constraint.Plan), nil} }, "eu", "us")
 		eu, us = w.rest("eu"), w.rest("us")
 	})
 

@@ -42,6 +42,11 @@ type Config struct {
 	Changes  Changes
 	Replica  Replica
 	Topology Topology
+	// Mixin answers other Deployments about references. Nil: it is not served.
+	Mixin Mixin
+	// Planner makes the answer to a Delete with validate_only, Explainer that to Explain. Nil: that is not served.
+	Planner   Planner
+	Explainer *Explainer
 
 	// TLS is the certificate of this Deployment and the CAs of its callers; nil serves plain text.
 	TLS pki.Source
@@ -137,6 +142,8 @@ func (s *Server) handler() http.Handler {
 	mux.Handle(dbcontrollerv1connect.NewResourcesHandler(resourcesService{s}, options...))
 	// Rows between regions are not compressed: the time would be taken from copying.
 	mux.Handle(dbcontrollerv1connect.NewFeedHandler(feedService{s}, append(options, connect.WithCompression("gzip", nil, nil))...))
+	mux.Handle(dbcontrollerv1connect.NewSchemaMixinHandler(mixinService{s}, options...))
+	mux.Handle(dbcontrollerv1connect.NewResourceShadowsHandler(shadowsService{s}, options...))
 	mux.Handle("/", s.rest())
 	return s.admit(mux)
 }

@@ -55,6 +55,7 @@ type world struct {
 
 type server struct {
 	name     string
+	dsn      string
 	store    *postgres.Store
 	server   *Server
 	endpoint string
@@ -85,11 +86,12 @@ func (w *world) publish() {
 
 func (w *world) start(name string, tune func(*Config)) {
 	GinkgoHelper()
+	dsn := pgtest.Database(GinkgoTB())
 	st, err := postgres.Open(GinkgoT().Context(), postgres.Config{
-		DSN: pgtest.Database(GinkgoTB()), Service: service, Region: name, Version: "v1", Ring: ring, FeedLimit: 50, Logger: slog.New(slog.DiscardHandler),
+		DSN: dsn, Service: service, Region: name, Version: "v1", Ring: ring, FeedLimit: 50, Logger: slog.New(slog.DiscardHandler),
 	})
 	Expect(err).NotTo(HaveOccurred())
-	r := &server{name: name, store: st, metrics: prometheus.NewRegistry()}
+	r := &server{name: name, dsn: dsn, store: st, metrics: prometheus.NewRegistry()}
 	version := func() *descriptor.Version {
 		service, _ := w.registry.View().Service(service)
 		return service.Version("v1")

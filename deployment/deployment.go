@@ -2,9 +2,9 @@
 //
 // The parts may run in one process or in several on the same database. The walk through the code starts here:
 //
-//	Open     database, migrations, feed epoch; store stack: region on top of postgres; policies kept from the feed
-//	Serve    the API server on a listener
-//	Manage   the node manager: read copies of all other regions; tombstones are purged
+//	Open     database, migrations, feed epoch; store stack: region on constraint on postgres; policies kept from the feed; the mixin of this Deployment and of the others
+//	Server   the API server on a listener
+//	Manage   the node managers: read copies of all other regions, and references; tombstones are purged
 package deployment
 
 import (
@@ -22,10 +22,13 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dbcontroller/db-controller/apiserver"
+	"github.com/dbcontroller/db-controller/constraint"
 	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/internal/pki"
+	"github.com/dbcontroller/db-controller/mixin"
 	"github.com/dbcontroller/db-controller/nodemanager"
 	"github.com/dbcontroller/db-controller/registry"
+	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/policy"
 	"github.com/dbcontroller/db-controller/store/postgres"
 	"github.com/dbcontroller/db-controller/store/region"
@@ -49,22 +52,37 @@ type Config struct {
 	PurgeAfter       time.Duration
 	// Retention is how long tombstones are kept. A consumer of the change feed that is away for longer compares when it comes back. Default 24 h.
 	Retention time.Duration
+	// References has the times of references; zero values mean their defaults.
+	References References
 	// MaxConns bounds the connections to the database. Default 16.
 	MaxConns int
 	// Logger defaults to slog.Default.
 	Logger *slog.Logger
 }
 
+// References are the times of references between Deployments.
+type References struct {
+	// TTL is how long a target is protected while a save that refers to it is under way. CallTimeout is the deadline of one call to another Deployment. As in
+	// constraint.LayerConfig.
+	TTL, CallTimeout time.Duration
+	// The others are those of constraint.NodeConfig.
+	Grace, GoneAfter, Debounce, ScanInterval, Resync, SweepAfter time.Duration
+	Poll, DeleteRetry, Away, Reconnect                           constraint.Retry
+}
+
 // Deployment is an open Deployment.
 type Deployment struct {
-	cfg     Config
-	spec    registry.Deployment
-	log     *slog.Logger
-	core    *postgres.Store
-	stack   *region.Store
-	policy  *policy.Cache
-	metrics *prometheus.Registry
-	node    atomic.Pointer[syncing.ControllerNode] // the running one; nil where Manage does not run
+	cfg         Config
+	spec        registry.Deployment
+	log         *slog.Logger
+	core        *postgres.Store
+	constraints *constraint.Store
+	stack       *region.Store
+	policy      *policy.Cache
+	peers       *mixin.Peers
+	mixin       *mixin.Server
+	metrics     *prometheus.Registry
+	node        atomic.Pointer[syncing.ControllerNode] // the running one; nil where Manage does not run
 }
 
 // Open opens the database, migrates it, and stacks the store's layers. Close it after Run has returned.
@@ -89,13 +107,44 @@ func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
-	d.policy = policy.New(d.version, d.core, d.log)
-	d.stack = region.Layer(d.core, cfg.Region, d.version, d.policy)
+	if err := d.stackUp(); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
+	}
 	return d, nil
 }
 
-// Close closes the database.
-func (d *Deployment) Close() { d.core.Close() }
+// stackUp puts the layers of the store together. They refer to each other in one circle: the constraint layer reaches other Deployments and asks the region layer who owns a
+// name; the mixin of this Deployment writes through the whole stack.
+func (d *Deployment) stackUp() (err error) {
+	cfg, self := d.cfg, store.Location{Service: d.cfg.Service, Region: d.cfg.Region}
+	d.policy = policy.New(d.version, d.core, d.log)
+	d.peers = mixin.NewPeers(mixin.PeersConfig{Service: cfg.Service, Region: cfg.Region, Version: d.spec.Version, Topology: cfg.Registry,
+		TLS: cfg.TLS, DialContext: cfg.DialContext, Timeout: cfg.References.CallTimeout})
+	d.constraints = constraint.Layer(d.core, constraint.LayerConfig{
+		Self: self, Version: d.version, View: cfg.Registry.View, Core: d.core, Peers: d.peers,
+		Owner: func(ctx context.Context, n descriptor.Name, batch []store.Write) (string, error) {
+			return d.stack.Owner(ctx, n, batch)
+		},
+		TTL: cfg.References.TTL, CallTimeout: cfg.References.CallTimeout, Registerer: d.metrics, Logger: d.log,
+	})
+	d.stack = region.Layer(d.constraints, cfg.Region, d.version, d.policy)
+	d.mixin, err = mixin.NewServer(mixin.Config{Service: cfg.Service, Region: cfg.Region, Version: d.spec.Version, Topology: cfg.Registry,
+		Core: d.core, Store: d.stack, Owners: d.stack, Policies: d.policy, Changes: d.core.Feed(), Logger: d.log})
+	if err != nil {
+		return err
+	}
+	d.peers.SetLocal(d.mixin)
+	return nil
+}
+
+// Close closes the connections to other Deployments and the database.
+func (d *Deployment) Close() {
+	if d.peers != nil {
+		d.peers.Close()
+	}
+	d.core.Close()
+}
 
 // Store is the whole stack, as the API server uses it.
 func (d *Deployment) Store() *region.Store { return d.stack }
@@ -150,7 +199,8 @@ func (d *Deployment) Run(ctx context.Context, parts ...func(context.Context) err
 func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error) {
 	s, err := apiserver.New(apiserver.Config{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version,
-		Store: d.stack, Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry,
+		Store: d.stack, Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry, Mixin: d.mixin,
+		Planner: d.constraints, Explainer: &apiserver.Explainer{Policies: d.policy, Core: d.core, Peers: d.peers},
 		TLS: d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
 		Registerer: d.metrics, Logger: d.log,
 	})
@@ -164,7 +214,7 @@ func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error)
 func (d *Deployment) Manage(ctx context.Context) error {
 	m, err := nodemanager.New(nodemanager.Config{
 		Topology: d.cfg.Registry, Ring: d.spec.Ring, Version: d.spec.Version, Logger: d.log,
-		Kinds: []nodemanager.Kind{{Name: "syncing", New: d.newNode}},
+		Kinds: []nodemanager.Kind{{Name: "constraint", New: d.newConstraintNode}, {Name: "syncing", New: d.newNode}},
 	})
 	if err != nil {
 		return err
@@ -173,6 +223,15 @@ func (d *Deployment) Manage(ctx context.Context) error {
 	g.Go(func() error { return m.Run(ctx) })
 	g.Go(func() error { return d.purge(ctx) })
 	return g.Wait()
+}
+
+func (d *Deployment) newConstraintNode(version string) (nodemanager.Node, error) {
+	t := d.cfg.References
+	return constraint.NewNode(constraint.NodeConfig{
+		Service: d.cfg.Service, Region: d.cfg.Region, Version: version, Ring: d.spec.Ring, Registry: d.cfg.Registry, Core: d.core, Store: d.stack, Peers: d.peers,
+		Grace: t.Grace, GoneAfter: t.GoneAfter, Debounce: t.Debounce, ScanInterval: t.ScanInterval, Resync: t.Resync, SweepAfter: t.SweepAfter, CallTimeout: t.CallTimeout,
+		Poll: t.Poll, DeleteRetry: t.DeleteRetry, Away: t.Away, Reconnect: t.Reconnect, Metrics: d.metrics, Logger: d.log,
+	})
 }
 
 func (d *Deployment) newNode(version string) (nodemanager.Node, error) {
@@ -194,10 +253,11 @@ const purgeBatch = 1000
 func (d *Deployment) purge(ctx context.Context) error {
 	for {
 		n, err := d.core.Purge(ctx, d.cfg.Retention, purgeBatch)
-		if err != nil && ctx.Err() == nil {
-			d.log.WarnContext(ctx, "tombstones were not purged", "error", err)
+		fences, ferr := d.core.PurgeFences(ctx, d.cfg.Retention, purgeBatch)
+		if err := errors.Join(err, ferr); err != nil && ctx.Err() == nil {
+			d.log.WarnContext(ctx, "tombstones and fences were not purged", "error", err)
 		}
-		if n == purgeBatch {
+		if n == purgeBatch || fences == purgeBatch {
 			continue
 		}
 		select {

@@ -103,10 +103,10 @@ func (w *deletions) step(ctx context.Context) (more bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	var names []string
+	var tasks []store.Task
 	read, err := w.s.cfg.Core.ReadTasks(ctx, w.cursor, w.shards, func(t store.Task) error {
 		if t.State == store.ShadowDeleting {
-			names = append(names, t.Name)
+			tasks = append(tasks, t)
 		}
 		return nil
 	})
@@ -118,7 +118,7 @@ func (w *deletions) step(ctx context.Context) (more bool, err error) {
 		return false, err
 	}
 	everything := w.requester == w.s.self
-	if len(names) > 0 && !everything {
+	if len(tasks) > 0 && !everything {
 		// Asked after the read: who is not suspect any more has told of all its references by now.
 		suspects, err := w.s.cfg.Core.Suspects(ctx, []store.Location{w.requester})
 		if err != nil {
@@ -129,9 +129,9 @@ func (w *deletions) step(ctx context.Context) (more bool, err error) {
 	w.epoch = read.Cursor.Epoch
 	msg := &v1.WatchImportedServiceDeletionsResponse{}
 	size := 0
-	for _, name := range names {
+	for _, t := range tasks {
 		if !everything {
-			concerned, err := w.concerns(ctx, name)
+			concerned, err := w.concerns(ctx, t.Name)
 			if err != nil {
 				return false, err
 			}
@@ -139,7 +139,7 @@ func (w *deletions) step(ctx context.Context) (more bool, err error) {
 				continue
 			}
 		}
-		theirs, ok := w.spell(own, spelled, name)
+		theirs, ok := w.spell(own, spelled, t.Name)
 		if !ok {
 			continue // what a version cannot say, nobody can refer to in it
 		}
@@ -149,7 +149,7 @@ func (w *deletions) step(ctx context.Context) (more bool, err error) {
 			}
 			msg, size = &v1.WatchImportedServiceDeletionsResponse{}, 0
 		}
-		msg.Deleting = append(msg.Deleting, theirs)
+		msg.Deleting = append(msg.Deleting, &v1.DeletingShadow{Name: theirs, Uuid: t.UUID})
 		size += len(theirs)
 	}
 	w.cursor = read.Cursor

@@ -25,7 +25,7 @@ const (
 // planReader is all that a plan may touch: it reads.
 type planReader interface {
 	Closure(ctx context.Context, roots []string, limit, depth, async int) (*store.Closure, error)
-	HandledReferrers(ctx context.Context, at store.Location, target string, limit int) ([]store.Incoming, error)
+	HandledReferrers(ctx context.Context, at store.Location, target, uuid string, limit int) ([]store.Incoming, error)
 	ReferencesTo(ctx context.Context, at store.Location, after string, limit int) ([]store.Confirmed, string, error)
 }
 
@@ -74,7 +74,7 @@ func (p *plan) make(ctx context.Context, at store.Location, targets []string) er
 			p.res.Truncated = true
 			break
 		}
-		in, err := p.core.HandledReferrers(ctx, at, t, limit)
+		in, err := p.core.HandledReferrers(ctx, at, t, "", limit)
 		if err != nil {
 			return err
 		}

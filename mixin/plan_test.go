@@ -21,7 +21,7 @@ type planCore struct {
 	refs     []store.Confirmed
 }
 
-func (p planCore) HandledReferrers(_ context.Context, _ store.Location, target string, limit int) ([]store.Incoming, error) {
+func (p planCore) HandledReferrers(_ context.Context, _ store.Location, target, _ string, limit int) ([]store.Incoming, error) {
 	return p.handled[target][:min(limit, len(p.handled[target]))], nil
 }
 

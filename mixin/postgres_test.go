@@ -337,7 +337,9 @@ var _ = Describe("Two services on PostgreSQL", func() {
 						if res.GetReset_() {
 							s.got = append(s.got, "reset")
 						}
-						s.got = append(s.got, res.GetDeleting()...)
+						for _, d := range res.GetDeleting() {
+							s.got = append(s.got, d.GetName())
+						}
 						if res.GetResumeToken() != "" {
 							s.last = proto.CloneOf(res)
 						}

@@ -36,6 +36,8 @@ type Incoming struct {
 	Referrer, Type, Field, Target string
 	Kind                          ReferenceKind
 	Behavior                      Behavior
+	// Version of the referrer.
+	Version Version
 }
 
 // Blocker is why a deletion is refused.

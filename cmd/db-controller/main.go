@@ -6,6 +6,8 @@
 //	apiserver.go  serves the API of one Deployment
 //	demo.go       flags of the demo, which is in internal/demo
 //	status.go     what /statusz of running processes says
+//	why.go        what an API server knows of one resource
+//	plandelete.go what a deletion would take along
 package main
 
 import (
@@ -73,7 +75,7 @@ written in one region appears as a read copy in the regions that its policy name
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newRaiseEpoch(), newVersion())
+	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newWhy(), newPlanDelete(), newRaiseEpoch(), newVersion())
 	return root
 }
 

@@ -394,29 +394,30 @@ func (s *Store) PruneSource(ctx context.Context, q store.Question, at store.Loca
 }
 
 // FinishDeletion ends the deletion of a resource if every source that had to be told is in checked, no local referrer is left, and the service does not hold it
-// up. Only then can the name be used again.
-func (s *Store) FinishDeletion(ctx context.Context, name, uuid string, checked []store.Location) (done bool, err error) {
+// up. Only then can the name be used again. What was learned in another epoch than the present one does not count: a failover may have taken it back.
+func (s *Store) FinishDeletion(ctx context.Context, name, uuid string, epoch int64, checked []store.Location) (done bool, err error) {
 	texts := make([]string, len(checked))
 	for i, c := range checked {
 		texts[i] = c.String()
 	}
-	err = s.pool.QueryRow(ctx, "SELECT finish_deletion($1, $2, $3, $4)", s.cfg.Version, name, uuid, texts).Scan(&done)
+	err = s.pool.QueryRow(ctx, "SELECT finish_deletion($1, $2, $3, $4, $5)", s.cfg.Version, name, uuid, epoch, texts).Scan(&done)
 	if done {
 		s.hub.Committed(true, s.shard(name))
 	}
 	return done, s.fail(err, "finish the deletion of %s", name)
 }
 
-// HandledReferrers returns up to limit local references that must be handled because target, at a Deployment or here, is deleted. Referrers whose own
-// deletion is pending are left out: something blocks it, and it is tried again by itself.
-func (s *Store) HandledReferrers(ctx context.Context, at store.Location, target string, limit int) ([]store.Incoming, error) {
-	behaviors := subscriberBehaviors
+// HandledReferrers returns up to limit local references that must be handled because the incarnation uuid of target, at a Deployment or here, is deleted; without uuid
+// those that would have to be. Referrers whose own deletion is pending are left out: something blocks it, and it is tried again by itself.
+func (s *Store) HandledReferrers(ctx context.Context, at store.Location, target, uuid string, limit int) ([]store.Incoming, error) {
+	behaviors, incarnation := subscriberBehaviors, "r.uuid = nullif($5, '')::uuid"
 	if at == (store.Location{}) {
 		behaviors = []int32{int32(store.AsyncUnset), int32(store.AsyncCascade)}
+		incarnation = "EXISTS (SELECT FROM resources x WHERE x.name = $1 AND x.uuid = nullif($5, '')::uuid AND x.shadow = 2)"
 	}
 	rows, err := s.pool.Query(ctx, "SELECT "+incomingColumns+` FROM refs r JOIN resources t ON t.name = r.referrer
-		WHERE r.target = $1 AND r.location = $2 AND r.kind <> 2 AND r.behavior = ANY ($3) AND t.state = 0 AND NOT (t.tasks & 8 <> 0 AND r.behavior IN (3, 5)) LIMIT $4`,
-		target, at.String(), behaviors, limit)
+		WHERE r.target = $1 AND r.location = $2 AND r.kind <> 2 AND r.behavior = ANY ($3) AND t.state = 0 AND NOT (t.tasks & 8 <> 0 AND r.behavior IN (3, 5)) AND ($5 = '' OR `+incarnation+`) LIMIT $4`,
+		target, at.String(), behaviors, limit, uuid)
 	if err != nil {
 		return nil, wrap(err, "list referrers of %s", target)
 	}
@@ -424,10 +425,10 @@ func (s *Store) HandledReferrers(ctx context.Context, at store.Location, target 
 	return all, wrap(err, "list referrers of %s", target)
 }
 
-const incomingColumns = "r.referrer, t.type, r.field, r.target, r.kind, r.behavior"
+const incomingColumns = "r.referrer, t.type, r.field, r.target, r.kind, r.behavior, t.epoch, t.resource_version"
 
 func scanIncoming(r pgx.CollectableRow) (i store.Incoming, err error) {
-	err = r.Scan(&i.Referrer, &i.Type, &i.Field, &i.Target, &i.Kind, &i.Behavior)
+	err = r.Scan(&i.Referrer, &i.Type, &i.Field, &i.Target, &i.Kind, &i.Behavior, &i.Version.Epoch, &i.Version.Number)
 	return i, err
 }
 

@@ -253,28 +253,35 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 	return results, nil
 }
 
-// cascadeSQL deletes what goes with others: a set, not judged row by row. What is not as the plan says stays, and then write_references finds that it still refers to what
-// goes. Nothing happens where the other writes have been refused.
+// cascadeSQL deletes what goes with others: a set, not judged row by row. A row that is not as the plan says may not belong to it any more: then nothing is written. Nothing
+// happens either where the other writes have been refused.
 const cascadeSQL = `
-UPDATE resources t SET epoch = greatest(t.epoch, f.epoch), resource_version = t.resource_version + 1, change = pg_current_xact_id(), state = CASE WHEN c.async THEN 1 ELSE 2 END,
-	update_time = now(), delete_time = now(), meta = CASE WHEN c.async THEN t.meta ELSE '{}' END, body = CASE WHEN c.async THEN t.body END,
-	shadow = 0, tasks = 0, task_time = NULL, shadow_change = NULL
-FROM unnest((SELECT $2::text[]), (SELECT $3::bool[])) AS c (name, async), ctl.feed_epoch f
-WHERE t.name = c.name AND t.state = 0 AND NOT t.block_deletion AND t.owning_region = (SELECT region FROM ctl.deployment_state)
-	AND EXISTS (SELECT FROM resources w WHERE w.name = ANY ($1) AND w.change = pg_current_xact_id_if_assigned())`
+WITH gone AS (
+	UPDATE resources t SET epoch = greatest(t.epoch, f.epoch), resource_version = t.resource_version + 1, change = pg_current_xact_id(), state = CASE WHEN c.async THEN 1 ELSE 2 END,
+		update_time = now(), delete_time = now(), meta = CASE WHEN c.async THEN t.meta ELSE '{}' END, body = CASE WHEN c.async THEN t.body END,
+		shadow = 0, tasks = 0, task_time = NULL, shadow_change = NULL
+	FROM unnest((SELECT $2::text[]), (SELECT $3::bool[]), (SELECT $4::bigint[]), (SELECT $5::bigint[])) AS c (name, async, epoch, number), ctl.feed_epoch f
+	WHERE t.name = c.name AND t.state = 0 AND (c.number = 0 OR (t.epoch, t.resource_version) = (c.epoch, c.number)) AND NOT t.block_deletion
+		AND t.owning_region = (SELECT region FROM ctl.deployment_state)
+		AND EXISTS (SELECT FROM resources w WHERE w.name = ANY ($1) AND w.change = pg_current_xact_id_if_assigned())
+	RETURNING 1
+)
+SELECT ctl.changed('a resource that would be deleted too has changed') WHERE (SELECT count(*) FROM gone) NOT IN (0, cardinality($2::text[]))`
 
 func (s *Store) queueCascade(b *pgx.Batch, writes []store.Write) {
 	var others, names []string
 	var async []bool
+	var epochs, numbers []int64
 	for _, w := range writes {
 		if !cascades(w) {
 			others = append(others, w.Name)
 			continue
 		}
 		names, async = append(names, w.Name), append(async, w.Constraint.AsyncDeletion)
+		epochs, numbers = append(epochs, w.IfVersion.Epoch), append(numbers, w.IfVersion.Number)
 	}
 	if len(names) > 0 {
-		b.Queue(cascadeSQL, others, names, async)
+		b.Queue(cascadeSQL, others, names, async, epochs, numbers)
 	}
 }
 

@@ -55,6 +55,8 @@ func body(r *rand.Rand, serial int) json.RawMessage {
 	return b
 }
 
+func newRand() *rand.Rand { return rand.New(rand.NewPCG(1, 1)) }
+
 // seed fills an empty resources table with rows, and the markers, all owned by source and to be copied to dest.
 func seed(ctx context.Context, c *pgx.Conn, rows int) error {
 	r := rand.New(rand.NewPCG(1, uint64(rows)))

@@ -1800,9 +1800,8 @@ func (x *WatchImportedServiceDeletionsRequest) GetResumeToken() string {
 }
 
 type WatchImportedServiceDeletionsResponse struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Names of shadows that are being deleted, in the version of the request.
-	Deleting []string `protobuf:"bytes,1,rep,name=deleting,proto3" json:"deleting,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Deleting []*DeletingShadow      `protobuf:"bytes,1,rep,name=deleting,proto3" json:"deleting,omitempty"`
 	// Set at the end of a consistent batch, and now and then without changes.
 	ResumeToken string `protobuf:"bytes,2,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
 	// The token was lost: what follows is a new snapshot.
@@ -1843,7 +1842,7 @@ func (*WatchImportedServiceDeletionsResponse) Descriptor() ([]byte, []int) {
 	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{28}
 }
 
-func (x *WatchImportedServiceDeletionsResponse) GetDeleting() []string {
+func (x *WatchImportedServiceDeletionsResponse) GetDeleting() []*DeletingShadow {
 	if x != nil {
 		return x.Deleting
 	}
@@ -1871,6 +1870,60 @@ func (x *WatchImportedServiceDeletionsResponse) GetEpoch() int64 {
 	return 0
 }
 
+type DeletingShadow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name in the version of the request.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The incarnation that is being deleted: references to a later one are none of its business.
+	Uuid          string `protobuf:"bytes,2,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeletingShadow) Reset() {
+	*x = DeletingShadow{}
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeletingShadow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeletingShadow) ProtoMessage() {}
+
+func (x *DeletingShadow) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeletingShadow.ProtoReflect.Descriptor instead.
+func (*DeletingShadow) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *DeletingShadow) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeletingShadow) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
 type PlanDeletionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Call  *Call                  `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
@@ -1882,7 +1935,7 @@ type PlanDeletionRequest struct {
 
 func (x *PlanDeletionRequest) Reset() {
 	*x = PlanDeletionRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +1947,7 @@ func (x *PlanDeletionRequest) String() string {
 func (*PlanDeletionRequest) ProtoMessage() {}
 
 func (x *PlanDeletionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +1960,7 @@ func (x *PlanDeletionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDeletionRequest.ProtoReflect.Descriptor instead.
 func (*PlanDeletionRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{29}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PlanDeletionRequest) GetCall() *Call {
@@ -1939,7 +1992,7 @@ type PlanDeletionResponse struct {
 
 func (x *PlanDeletionResponse) Reset() {
 	*x = PlanDeletionResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1951,7 +2004,7 @@ func (x *PlanDeletionResponse) String() string {
 func (*PlanDeletionResponse) ProtoMessage() {}
 
 func (x *PlanDeletionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1964,7 +2017,7 @@ func (x *PlanDeletionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDeletionResponse.ProtoReflect.Descriptor instead.
 func (*PlanDeletionResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{30}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PlanDeletionResponse) GetDeletes() []*Planned {
@@ -2018,7 +2071,7 @@ type Planned struct {
 
 func (x *Planned) Reset() {
 	*x = Planned{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2030,7 +2083,7 @@ func (x *Planned) String() string {
 func (*Planned) ProtoMessage() {}
 
 func (x *Planned) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2043,7 +2096,7 @@ func (x *Planned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Planned.ProtoReflect.Descriptor instead.
 func (*Planned) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{31}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Planned) GetName() string {
@@ -2098,7 +2151,7 @@ type DeletionBlocker struct {
 
 func (x *DeletionBlocker) Reset() {
 	*x = DeletionBlocker{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2110,7 +2163,7 @@ func (x *DeletionBlocker) String() string {
 func (*DeletionBlocker) ProtoMessage() {}
 
 func (x *DeletionBlocker) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2123,7 +2176,7 @@ func (x *DeletionBlocker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletionBlocker.ProtoReflect.Descriptor instead.
 func (*DeletionBlocker) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{32}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DeletionBlocker) GetLocation() *Location {
@@ -2178,7 +2231,7 @@ type PlannedSource struct {
 
 func (x *PlannedSource) Reset() {
 	*x = PlannedSource{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2190,7 +2243,7 @@ func (x *PlannedSource) String() string {
 func (*PlannedSource) ProtoMessage() {}
 
 func (x *PlannedSource) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2203,7 +2256,7 @@ func (x *PlannedSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedSource.ProtoReflect.Descriptor instead.
 func (*PlannedSource) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{33}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PlannedSource) GetLocation() *Location {
@@ -2247,7 +2300,7 @@ type ResourceShadow struct {
 
 func (x *ResourceShadow) Reset() {
 	*x = ResourceShadow{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2259,7 +2312,7 @@ func (x *ResourceShadow) String() string {
 func (*ResourceShadow) ProtoMessage() {}
 
 func (x *ResourceShadow) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2272,7 +2325,7 @@ func (x *ResourceShadow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResourceShadow.ProtoReflect.Descriptor instead.
 func (*ResourceShadow) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{34}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ResourceShadow) GetName() string {
@@ -2389,7 +2442,7 @@ type ShadowReference struct {
 
 func (x *ShadowReference) Reset() {
 	*x = ShadowReference{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2401,7 +2454,7 @@ func (x *ShadowReference) String() string {
 func (*ShadowReference) ProtoMessage() {}
 
 func (x *ShadowReference) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2414,7 +2467,7 @@ func (x *ShadowReference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShadowReference.ProtoReflect.Descriptor instead.
 func (*ShadowReference) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{35}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ShadowReference) GetKind() string {
@@ -2471,7 +2524,7 @@ type ShadowSource struct {
 
 func (x *ShadowSource) Reset() {
 	*x = ShadowSource{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2483,7 +2536,7 @@ func (x *ShadowSource) String() string {
 func (*ShadowSource) ProtoMessage() {}
 
 func (x *ShadowSource) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2496,7 +2549,7 @@ func (x *ShadowSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShadowSource.ProtoReflect.Descriptor instead.
 func (*ShadowSource) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{36}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ShadowSource) GetLocation() *Location {
@@ -2540,7 +2593,7 @@ type TentativeBlockade struct {
 
 func (x *TentativeBlockade) Reset() {
 	*x = TentativeBlockade{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +2605,7 @@ func (x *TentativeBlockade) String() string {
 func (*TentativeBlockade) ProtoMessage() {}
 
 func (x *TentativeBlockade) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +2618,7 @@ func (x *TentativeBlockade) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TentativeBlockade.ProtoReflect.Descriptor instead.
 func (*TentativeBlockade) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{37}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TentativeBlockade) GetLocation() *Location {
@@ -2612,7 +2665,7 @@ type GetResourceShadowRequest struct {
 
 func (x *GetResourceShadowRequest) Reset() {
 	*x = GetResourceShadowRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2624,7 +2677,7 @@ func (x *GetResourceShadowRequest) String() string {
 func (*GetResourceShadowRequest) ProtoMessage() {}
 
 func (x *GetResourceShadowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2637,7 +2690,7 @@ func (x *GetResourceShadowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResourceShadowRequest.ProtoReflect.Descriptor instead.
 func (*GetResourceShadowRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{38}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetResourceShadowRequest) GetName() string {
@@ -2661,7 +2714,7 @@ type ListResourceShadowsRequest struct {
 
 func (x *ListResourceShadowsRequest) Reset() {
 	*x = ListResourceShadowsRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2726,7 @@ func (x *ListResourceShadowsRequest) String() string {
 func (*ListResourceShadowsRequest) ProtoMessage() {}
 
 func (x *ListResourceShadowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2739,7 @@ func (x *ListResourceShadowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResourceShadowsRequest.ProtoReflect.Descriptor instead.
 func (*ListResourceShadowsRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{39}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListResourceShadowsRequest) GetState() string {
@@ -2727,7 +2780,7 @@ type ListResourceShadowsResponse struct {
 
 func (x *ListResourceShadowsResponse) Reset() {
 	*x = ListResourceShadowsResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2739,7 +2792,7 @@ func (x *ListResourceShadowsResponse) String() string {
 func (*ListResourceShadowsResponse) ProtoMessage() {}
 
 func (x *ListResourceShadowsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2752,7 +2805,7 @@ func (x *ListResourceShadowsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResourceShadowsResponse.ProtoReflect.Descriptor instead.
 func (*ListResourceShadowsResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{40}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListResourceShadowsResponse) GetShadows() []*ResourceShadow {
@@ -2777,7 +2830,7 @@ type WatchResourceShadowsRequest struct {
 
 func (x *WatchResourceShadowsRequest) Reset() {
 	*x = WatchResourceShadowsRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +2842,7 @@ func (x *WatchResourceShadowsRequest) String() string {
 func (*WatchResourceShadowsRequest) ProtoMessage() {}
 
 func (x *WatchResourceShadowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +2855,7 @@ func (x *WatchResourceShadowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResourceShadowsRequest.ProtoReflect.Descriptor instead.
 func (*WatchResourceShadowsRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{41}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{42}
 }
 
 type WatchResourceShadowsResponse struct {
@@ -2816,7 +2869,7 @@ type WatchResourceShadowsResponse struct {
 
 func (x *WatchResourceShadowsResponse) Reset() {
 	*x = WatchResourceShadowsResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2828,7 +2881,7 @@ func (x *WatchResourceShadowsResponse) String() string {
 func (*WatchResourceShadowsResponse) ProtoMessage() {}
 
 func (x *WatchResourceShadowsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2841,7 +2894,7 @@ func (x *WatchResourceShadowsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResourceShadowsResponse.ProtoReflect.Descriptor instead.
 func (*WatchResourceShadowsResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{42}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WatchResourceShadowsResponse) GetShadows() []*ResourceShadow {
@@ -3000,12 +3053,15 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"\vshards_from\x18\x02 \x01(\x05R\n" +
 	"shardsFrom\x12\x1b\n" +
 	"\tshards_to\x18\x03 \x01(\x05R\bshardsTo\x12!\n" +
-	"\fresume_token\x18\x04 \x01(\tR\vresumeToken\"\x92\x01\n" +
-	"%WatchImportedServiceDeletionsResponse\x12\x1a\n" +
-	"\bdeleting\x18\x01 \x03(\tR\bdeleting\x12!\n" +
+	"\fresume_token\x18\x04 \x01(\tR\vresumeToken\"\xb3\x01\n" +
+	"%WatchImportedServiceDeletionsResponse\x12;\n" +
+	"\bdeleting\x18\x01 \x03(\v2\x1f.dbcontroller.v1.DeletingShadowR\bdeleting\x12!\n" +
 	"\fresume_token\x18\x02 \x01(\tR\vresumeToken\x12\x14\n" +
 	"\x05reset\x18\x03 \x01(\bR\x05reset\x12\x14\n" +
-	"\x05epoch\x18\x04 \x01(\x03R\x05epoch\"Z\n" +
+	"\x05epoch\x18\x04 \x01(\x03R\x05epoch\"8\n" +
+	"\x0eDeletingShadow\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"Z\n" +
 	"\x13PlanDeletionRequest\x12)\n" +
 	"\x04call\x18\x01 \x01(\v2\x15.dbcontroller.v1.CallR\x04call\x12\x18\n" +
 	"\atargets\x18\x02 \x03(\tR\atargets\"\x92\x02\n" +
@@ -3121,7 +3177,7 @@ func file_dbcontroller_v1_mixin_proto_rawDescGZIP() []byte {
 }
 
 var file_dbcontroller_v1_mixin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dbcontroller_v1_mixin_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_dbcontroller_v1_mixin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_dbcontroller_v1_mixin_proto_goTypes = []any{
 	(ConfirmMetaOwnerResponse_Outcome)(0),                // 0: dbcontroller.v1.ConfirmMetaOwnerResponse.Outcome
 	(*Location)(nil),                                     // 1: dbcontroller.v1.Location
@@ -3153,32 +3209,33 @@ var file_dbcontroller_v1_mixin_proto_goTypes = []any{
 	(*MetaOwnee)(nil),                                    // 27: dbcontroller.v1.MetaOwnee
 	(*WatchImportedServiceDeletionsRequest)(nil),         // 28: dbcontroller.v1.WatchImportedServiceDeletionsRequest
 	(*WatchImportedServiceDeletionsResponse)(nil),        // 29: dbcontroller.v1.WatchImportedServiceDeletionsResponse
-	(*PlanDeletionRequest)(nil),                          // 30: dbcontroller.v1.PlanDeletionRequest
-	(*PlanDeletionResponse)(nil),                         // 31: dbcontroller.v1.PlanDeletionResponse
-	(*Planned)(nil),                                      // 32: dbcontroller.v1.Planned
-	(*DeletionBlocker)(nil),                              // 33: dbcontroller.v1.DeletionBlocker
-	(*PlannedSource)(nil),                                // 34: dbcontroller.v1.PlannedSource
-	(*ResourceShadow)(nil),                               // 35: dbcontroller.v1.ResourceShadow
-	(*ShadowReference)(nil),                              // 36: dbcontroller.v1.ShadowReference
-	(*ShadowSource)(nil),                                 // 37: dbcontroller.v1.ShadowSource
-	(*TentativeBlockade)(nil),                            // 38: dbcontroller.v1.TentativeBlockade
-	(*GetResourceShadowRequest)(nil),                     // 39: dbcontroller.v1.GetResourceShadowRequest
-	(*ListResourceShadowsRequest)(nil),                   // 40: dbcontroller.v1.ListResourceShadowsRequest
-	(*ListResourceShadowsResponse)(nil),                  // 41: dbcontroller.v1.ListResourceShadowsResponse
-	(*WatchResourceShadowsRequest)(nil),                  // 42: dbcontroller.v1.WatchResourceShadowsRequest
-	(*WatchResourceShadowsResponse)(nil),                 // 43: dbcontroller.v1.WatchResourceShadowsResponse
-	(*durationpb.Duration)(nil),                          // 44: google.protobuf.Duration
-	(*OwnerReference)(nil),                               // 45: dbcontroller.v1.OwnerReference
-	(*timestamppb.Timestamp)(nil),                        // 46: google.protobuf.Timestamp
+	(*DeletingShadow)(nil),                               // 30: dbcontroller.v1.DeletingShadow
+	(*PlanDeletionRequest)(nil),                          // 31: dbcontroller.v1.PlanDeletionRequest
+	(*PlanDeletionResponse)(nil),                         // 32: dbcontroller.v1.PlanDeletionResponse
+	(*Planned)(nil),                                      // 33: dbcontroller.v1.Planned
+	(*DeletionBlocker)(nil),                              // 34: dbcontroller.v1.DeletionBlocker
+	(*PlannedSource)(nil),                                // 35: dbcontroller.v1.PlannedSource
+	(*ResourceShadow)(nil),                               // 36: dbcontroller.v1.ResourceShadow
+	(*ShadowReference)(nil),                              // 37: dbcontroller.v1.ShadowReference
+	(*ShadowSource)(nil),                                 // 38: dbcontroller.v1.ShadowSource
+	(*TentativeBlockade)(nil),                            // 39: dbcontroller.v1.TentativeBlockade
+	(*GetResourceShadowRequest)(nil),                     // 40: dbcontroller.v1.GetResourceShadowRequest
+	(*ListResourceShadowsRequest)(nil),                   // 41: dbcontroller.v1.ListResourceShadowsRequest
+	(*ListResourceShadowsResponse)(nil),                  // 42: dbcontroller.v1.ListResourceShadowsResponse
+	(*WatchResourceShadowsRequest)(nil),                  // 43: dbcontroller.v1.WatchResourceShadowsRequest
+	(*WatchResourceShadowsResponse)(nil),                 // 44: dbcontroller.v1.WatchResourceShadowsResponse
+	(*durationpb.Duration)(nil),                          // 45: google.protobuf.Duration
+	(*OwnerReference)(nil),                               // 46: dbcontroller.v1.OwnerReference
+	(*timestamppb.Timestamp)(nil),                        // 47: google.protobuf.Timestamp
 }
 var file_dbcontroller_v1_mixin_proto_depIdxs = []int32{
 	1,  // 0: dbcontroller.v1.Call.requester:type_name -> dbcontroller.v1.Location
 	1,  // 1: dbcontroller.v1.Call.callee:type_name -> dbcontroller.v1.Location
 	2,  // 2: dbcontroller.v1.EstablishReferencesRequest.call:type_name -> dbcontroller.v1.Call
 	4,  // 3: dbcontroller.v1.EstablishReferencesRequest.targets:type_name -> dbcontroller.v1.NewReference
-	44, // 4: dbcontroller.v1.EstablishReferencesRequest.ttl:type_name -> google.protobuf.Duration
+	45, // 4: dbcontroller.v1.EstablishReferencesRequest.ttl:type_name -> google.protobuf.Duration
 	6,  // 5: dbcontroller.v1.EstablishReferencesResponse.grants:type_name -> dbcontroller.v1.Grant
-	44, // 6: dbcontroller.v1.EstablishReferencesResponse.granted:type_name -> google.protobuf.Duration
+	45, // 6: dbcontroller.v1.EstablishReferencesResponse.granted:type_name -> google.protobuf.Duration
 	2,  // 7: dbcontroller.v1.ConfirmBlockadesRequest.call:type_name -> dbcontroller.v1.Call
 	8,  // 8: dbcontroller.v1.ConfirmBlockadesRequest.references:type_name -> dbcontroller.v1.ConfirmedReference
 	2,  // 9: dbcontroller.v1.CheckIfResourceIsBlockedRequest.call:type_name -> dbcontroller.v1.Call
@@ -3204,61 +3261,62 @@ var file_dbcontroller_v1_mixin_proto_depIdxs = []int32{
 	16, // 29: dbcontroller.v1.ListMetaOwneesRequest.owner_names:type_name -> dbcontroller.v1.Spelling
 	27, // 30: dbcontroller.v1.ListMetaOwneesResponse.ownees:type_name -> dbcontroller.v1.MetaOwnee
 	16, // 31: dbcontroller.v1.MetaOwnee.ownee:type_name -> dbcontroller.v1.Spelling
-	45, // 32: dbcontroller.v1.MetaOwnee.reference:type_name -> dbcontroller.v1.OwnerReference
+	46, // 32: dbcontroller.v1.MetaOwnee.reference:type_name -> dbcontroller.v1.OwnerReference
 	2,  // 33: dbcontroller.v1.WatchImportedServiceDeletionsRequest.call:type_name -> dbcontroller.v1.Call
-	2,  // 34: dbcontroller.v1.PlanDeletionRequest.call:type_name -> dbcontroller.v1.Call
-	32, // 35: dbcontroller.v1.PlanDeletionResponse.deletes:type_name -> dbcontroller.v1.Planned
-	32, // 36: dbcontroller.v1.PlanDeletionResponse.unsets:type_name -> dbcontroller.v1.Planned
-	33, // 37: dbcontroller.v1.PlanDeletionResponse.blockers:type_name -> dbcontroller.v1.DeletionBlocker
-	34, // 38: dbcontroller.v1.PlanDeletionResponse.sources:type_name -> dbcontroller.v1.PlannedSource
-	1,  // 39: dbcontroller.v1.DeletionBlocker.location:type_name -> dbcontroller.v1.Location
-	46, // 40: dbcontroller.v1.DeletionBlocker.tentative_until:type_name -> google.protobuf.Timestamp
-	1,  // 41: dbcontroller.v1.PlannedSource.location:type_name -> dbcontroller.v1.Location
-	46, // 42: dbcontroller.v1.ResourceShadow.task_time:type_name -> google.protobuf.Timestamp
-	46, // 43: dbcontroller.v1.ResourceShadow.delete_time:type_name -> google.protobuf.Timestamp
-	36, // 44: dbcontroller.v1.ResourceShadow.references:type_name -> dbcontroller.v1.ShadowReference
-	37, // 45: dbcontroller.v1.ResourceShadow.sources:type_name -> dbcontroller.v1.ShadowSource
-	38, // 46: dbcontroller.v1.ResourceShadow.tentative_blockades:type_name -> dbcontroller.v1.TentativeBlockade
-	46, // 47: dbcontroller.v1.ResourceShadow.next_retry:type_name -> google.protobuf.Timestamp
-	1,  // 48: dbcontroller.v1.ShadowReference.location:type_name -> dbcontroller.v1.Location
-	1,  // 49: dbcontroller.v1.ShadowSource.location:type_name -> dbcontroller.v1.Location
-	1,  // 50: dbcontroller.v1.TentativeBlockade.location:type_name -> dbcontroller.v1.Location
-	46, // 51: dbcontroller.v1.TentativeBlockade.expire_time:type_name -> google.protobuf.Timestamp
-	35, // 52: dbcontroller.v1.ListResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
-	35, // 53: dbcontroller.v1.WatchResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
-	3,  // 54: dbcontroller.v1.SchemaMixin.EstablishReferences:input_type -> dbcontroller.v1.EstablishReferencesRequest
-	7,  // 55: dbcontroller.v1.SchemaMixin.ConfirmBlockades:input_type -> dbcontroller.v1.ConfirmBlockadesRequest
-	11, // 56: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:input_type -> dbcontroller.v1.CheckIfResourceIsBlockedRequest
-	14, // 57: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:input_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
-	17, // 58: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:input_type -> dbcontroller.v1.CheckIfHasMetaOwneeRequest
-	19, // 59: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:input_type -> dbcontroller.v1.ConfirmMetaOwnerRequest
-	21, // 60: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:input_type -> dbcontroller.v1.UpgradeMetaOwnerVersionRequest
-	23, // 61: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:input_type -> dbcontroller.v1.RemoveMetaOwnerReferenceRequest
-	25, // 62: dbcontroller.v1.SchemaMixin.ListMetaOwnees:input_type -> dbcontroller.v1.ListMetaOwneesRequest
-	28, // 63: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:input_type -> dbcontroller.v1.WatchImportedServiceDeletionsRequest
-	30, // 64: dbcontroller.v1.SchemaMixin.PlanDeletion:input_type -> dbcontroller.v1.PlanDeletionRequest
-	39, // 65: dbcontroller.v1.ResourceShadows.GetResourceShadow:input_type -> dbcontroller.v1.GetResourceShadowRequest
-	40, // 66: dbcontroller.v1.ResourceShadows.ListResourceShadows:input_type -> dbcontroller.v1.ListResourceShadowsRequest
-	42, // 67: dbcontroller.v1.ResourceShadows.WatchResourceShadows:input_type -> dbcontroller.v1.WatchResourceShadowsRequest
-	5,  // 68: dbcontroller.v1.SchemaMixin.EstablishReferences:output_type -> dbcontroller.v1.EstablishReferencesResponse
-	9,  // 69: dbcontroller.v1.SchemaMixin.ConfirmBlockades:output_type -> dbcontroller.v1.ConfirmBlockadesResponse
-	12, // 70: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:output_type -> dbcontroller.v1.CheckIfResourceIsBlockedResponse
-	15, // 71: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:output_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
-	18, // 72: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:output_type -> dbcontroller.v1.CheckIfHasMetaOwneeResponse
-	20, // 73: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:output_type -> dbcontroller.v1.ConfirmMetaOwnerResponse
-	22, // 74: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:output_type -> dbcontroller.v1.UpgradeMetaOwnerVersionResponse
-	24, // 75: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:output_type -> dbcontroller.v1.RemoveMetaOwnerReferenceResponse
-	26, // 76: dbcontroller.v1.SchemaMixin.ListMetaOwnees:output_type -> dbcontroller.v1.ListMetaOwneesResponse
-	29, // 77: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:output_type -> dbcontroller.v1.WatchImportedServiceDeletionsResponse
-	31, // 78: dbcontroller.v1.SchemaMixin.PlanDeletion:output_type -> dbcontroller.v1.PlanDeletionResponse
-	35, // 79: dbcontroller.v1.ResourceShadows.GetResourceShadow:output_type -> dbcontroller.v1.ResourceShadow
-	41, // 80: dbcontroller.v1.ResourceShadows.ListResourceShadows:output_type -> dbcontroller.v1.ListResourceShadowsResponse
-	43, // 81: dbcontroller.v1.ResourceShadows.WatchResourceShadows:output_type -> dbcontroller.v1.WatchResourceShadowsResponse
-	68, // [68:82] is the sub-list for method output_type
-	54, // [54:68] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	30, // 34: dbcontroller.v1.WatchImportedServiceDeletionsResponse.deleting:type_name -> dbcontroller.v1.DeletingShadow
+	2,  // 35: dbcontroller.v1.PlanDeletionRequest.call:type_name -> dbcontroller.v1.Call
+	33, // 36: dbcontroller.v1.PlanDeletionResponse.deletes:type_name -> dbcontroller.v1.Planned
+	33, // 37: dbcontroller.v1.PlanDeletionResponse.unsets:type_name -> dbcontroller.v1.Planned
+	34, // 38: dbcontroller.v1.PlanDeletionResponse.blockers:type_name -> dbcontroller.v1.DeletionBlocker
+	35, // 39: dbcontroller.v1.PlanDeletionResponse.sources:type_name -> dbcontroller.v1.PlannedSource
+	1,  // 40: dbcontroller.v1.DeletionBlocker.location:type_name -> dbcontroller.v1.Location
+	47, // 41: dbcontroller.v1.DeletionBlocker.tentative_until:type_name -> google.protobuf.Timestamp
+	1,  // 42: dbcontroller.v1.PlannedSource.location:type_name -> dbcontroller.v1.Location
+	47, // 43: dbcontroller.v1.ResourceShadow.task_time:type_name -> google.protobuf.Timestamp
+	47, // 44: dbcontroller.v1.ResourceShadow.delete_time:type_name -> google.protobuf.Timestamp
+	37, // 45: dbcontroller.v1.ResourceShadow.references:type_name -> dbcontroller.v1.ShadowReference
+	38, // 46: dbcontroller.v1.ResourceShadow.sources:type_name -> dbcontroller.v1.ShadowSource
+	39, // 47: dbcontroller.v1.ResourceShadow.tentative_blockades:type_name -> dbcontroller.v1.TentativeBlockade
+	47, // 48: dbcontroller.v1.ResourceShadow.next_retry:type_name -> google.protobuf.Timestamp
+	1,  // 49: dbcontroller.v1.ShadowReference.location:type_name -> dbcontroller.v1.Location
+	1,  // 50: dbcontroller.v1.ShadowSource.location:type_name -> dbcontroller.v1.Location
+	1,  // 51: dbcontroller.v1.TentativeBlockade.location:type_name -> dbcontroller.v1.Location
+	47, // 52: dbcontroller.v1.TentativeBlockade.expire_time:type_name -> google.protobuf.Timestamp
+	36, // 53: dbcontroller.v1.ListResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
+	36, // 54: dbcontroller.v1.WatchResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
+	3,  // 55: dbcontroller.v1.SchemaMixin.EstablishReferences:input_type -> dbcontroller.v1.EstablishReferencesRequest
+	7,  // 56: dbcontroller.v1.SchemaMixin.ConfirmBlockades:input_type -> dbcontroller.v1.ConfirmBlockadesRequest
+	11, // 57: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:input_type -> dbcontroller.v1.CheckIfResourceIsBlockedRequest
+	14, // 58: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:input_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
+	17, // 59: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:input_type -> dbcontroller.v1.CheckIfHasMetaOwneeRequest
+	19, // 60: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:input_type -> dbcontroller.v1.ConfirmMetaOwnerRequest
+	21, // 61: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:input_type -> dbcontroller.v1.UpgradeMetaOwnerVersionRequest
+	23, // 62: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:input_type -> dbcontroller.v1.RemoveMetaOwnerReferenceRequest
+	25, // 63: dbcontroller.v1.SchemaMixin.ListMetaOwnees:input_type -> dbcontroller.v1.ListMetaOwneesRequest
+	28, // 64: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:input_type -> dbcontroller.v1.WatchImportedServiceDeletionsRequest
+	31, // 65: dbcontroller.v1.SchemaMixin.PlanDeletion:input_type -> dbcontroller.v1.PlanDeletionRequest
+	40, // 66: dbcontroller.v1.ResourceShadows.GetResourceShadow:input_type -> dbcontroller.v1.GetResourceShadowRequest
+	41, // 67: dbcontroller.v1.ResourceShadows.ListResourceShadows:input_type -> dbcontroller.v1.ListResourceShadowsRequest
+	43, // 68: dbcontroller.v1.ResourceShadows.WatchResourceShadows:input_type -> dbcontroller.v1.WatchResourceShadowsRequest
+	5,  // 69: dbcontroller.v1.SchemaMixin.EstablishReferences:output_type -> dbcontroller.v1.EstablishReferencesResponse
+	9,  // 70: dbcontroller.v1.SchemaMixin.ConfirmBlockades:output_type -> dbcontroller.v1.ConfirmBlockadesResponse
+	12, // 71: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:output_type -> dbcontroller.v1.CheckIfResourceIsBlockedResponse
+	15, // 72: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:output_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
+	18, // 73: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:output_type -> dbcontroller.v1.CheckIfHasMetaOwneeResponse
+	20, // 74: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:output_type -> dbcontroller.v1.ConfirmMetaOwnerResponse
+	22, // 75: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:output_type -> dbcontroller.v1.UpgradeMetaOwnerVersionResponse
+	24, // 76: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:output_type -> dbcontroller.v1.RemoveMetaOwnerReferenceResponse
+	26, // 77: dbcontroller.v1.SchemaMixin.ListMetaOwnees:output_type -> dbcontroller.v1.ListMetaOwneesResponse
+	29, // 78: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:output_type -> dbcontroller.v1.WatchImportedServiceDeletionsResponse
+	32, // 79: dbcontroller.v1.SchemaMixin.PlanDeletion:output_type -> dbcontroller.v1.PlanDeletionResponse
+	36, // 80: dbcontroller.v1.ResourceShadows.GetResourceShadow:output_type -> dbcontroller.v1.ResourceShadow
+	42, // 81: dbcontroller.v1.ResourceShadows.ListResourceShadows:output_type -> dbcontroller.v1.ListResourceShadowsResponse
+	44, // 82: dbcontroller.v1.ResourceShadows.WatchResourceShadows:output_type -> dbcontroller.v1.WatchResourceShadowsResponse
+	69, // [69:83] is the sub-list for method output_type
+	55, // [55:69] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_mixin_proto_init() }
@@ -3273,7 +3331,7 @@ func file_dbcontroller_v1_mixin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dbcontroller_v1_mixin_proto_rawDesc), len(file_dbcontroller_v1_mixin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -25,6 +25,69 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type OwnerDecision_By int32
+
+const (
+	OwnerDecision_BY_UNSPECIFIED OwnerDecision_By = 0
+	// The name has a region segment.
+	OwnerDecision_BY_NAME OwnerDecision_By = 1
+	// The default control region of the policy of policy_holder.
+	OwnerDecision_BY_POLICY_HOLDER OwnerDecision_By = 2
+	// The default control region of the service's own policy.
+	OwnerDecision_BY_SERVICE_POLICY OwnerDecision_By = 3
+	// There is no policy: the service runs in one region.
+	OwnerDecision_BY_NO_POLICY OwnerDecision_By = 4
+	// The policy holder is missing, and the resource that it left says so.
+	OwnerDecision_BY_RESOURCE OwnerDecision_By = 5
+)
+
+// Enum value maps for OwnerDecision_By.
+var (
+	OwnerDecision_By_name = map[int32]string{
+		0: "BY_UNSPECIFIED",
+		1: "BY_NAME",
+		2: "BY_POLICY_HOLDER",
+		3: "BY_SERVICE_POLICY",
+		4: "BY_NO_POLICY",
+		5: "BY_RESOURCE",
+	}
+	OwnerDecision_By_value = map[string]int32{
+		"BY_UNSPECIFIED":    0,
+		"BY_NAME":           1,
+		"BY_POLICY_HOLDER":  2,
+		"BY_SERVICE_POLICY": 3,
+		"BY_NO_POLICY":      4,
+		"BY_RESOURCE":       5,
+	}
+)
+
+func (x OwnerDecision_By) Enum() *OwnerDecision_By {
+	p := new(OwnerDecision_By)
+	*p = x
+	return p
+}
+
+func (x OwnerDecision_By) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (OwnerDecision_By) Descriptor() protoreflect.EnumDescriptor {
+	return file_dbcontroller_v1_resources_proto_enumTypes[0].Descriptor()
+}
+
+func (OwnerDecision_By) Type() protoreflect.EnumType {
+	return &file_dbcontroller_v1_resources_proto_enumTypes[0]
+}
+
+func (x OwnerDecision_By) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use OwnerDecision_By.Descriptor instead.
+func (OwnerDecision_By) EnumDescriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{20, 0}
+}
+
 // Resource is one resource with its metadata.
 type Resource struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -775,11 +838,12 @@ func (x *UpdateRequest) GetValidateOnly() bool {
 }
 
 type DeleteRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Etag          string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
-	AllowMissing  bool                   `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
-	ValidateOnly  bool                   `protobuf:"varint,4,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Name         string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Etag         string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	AllowMissing bool                   `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
+	// Deletes nothing; the answer has the plan of the deletion.
+	ValidateOnly  bool `protobuf:"varint,4,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -843,7 +907,9 @@ func (x *DeleteRequest) GetValidateOnly() bool {
 }
 
 type DeleteResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Set with validate_only.
+	Plan          *DeletionPlan `protobuf:"bytes,1,opt,name=plan,proto3" json:"plan,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -878,6 +944,1295 @@ func (*DeleteResponse) Descriptor() ([]byte, []int) {
 	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{12}
 }
 
+func (x *DeleteResponse) GetPlan() *DeletionPlan {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
+}
+
+// DeletionPlan is what a deletion would do now. The deletion itself looks again. A plan does not follow owner references.
+type DeletionPlan struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The deletion would be refused now, because of a blocker or of its size.
+	Refused bool `protobuf:"varint,1,opt,name=refused,proto3" json:"refused,omitempty"`
+	// By Deployment; that of the resource comes first. One in which nothing would happen is not among them.
+	Deployments []*PlannedDeployment `protobuf:"bytes,2,rep,name=deployments,proto3" json:"deployments,omitempty"`
+	Blockers    []*PlannedBlocker    `protobuf:"bytes,3,rep,name=blockers,proto3" json:"blockers,omitempty"`
+	// More would go in the deletion's transaction than a deletion may take along.
+	TooLarge bool `protobuf:"varint,4,opt,name=too_large,json=tooLarge,proto3" json:"too_large,omitempty"`
+	// Deployments that may refer to what would go, and could not be asked. The plan knows nothing of them, and the deletion may have to wait for them.
+	Unasked []*UnaskedDeployment `protobuf:"bytes,5,rep,name=unasked,proto3" json:"unasked,omitempty"`
+	// Deployments (service/region) with resources that name something that would go as their owner. They lose that owner, and are deleted if it was the last.
+	Ownees []string `protobuf:"bytes,6,rep,name=ownees,proto3" json:"ownees,omitempty"`
+	// There is more than the plan shows.
+	Truncated     bool `protobuf:"varint,7,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeletionPlan) Reset() {
+	*x = DeletionPlan{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeletionPlan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeletionPlan) ProtoMessage() {}
+
+func (x *DeletionPlan) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeletionPlan.ProtoReflect.Descriptor instead.
+func (*DeletionPlan) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DeletionPlan) GetRefused() bool {
+	if x != nil {
+		return x.Refused
+	}
+	return false
+}
+
+func (x *DeletionPlan) GetDeployments() []*PlannedDeployment {
+	if x != nil {
+		return x.Deployments
+	}
+	return nil
+}
+
+func (x *DeletionPlan) GetBlockers() []*PlannedBlocker {
+	if x != nil {
+		return x.Blockers
+	}
+	return nil
+}
+
+func (x *DeletionPlan) GetTooLarge() bool {
+	if x != nil {
+		return x.TooLarge
+	}
+	return false
+}
+
+func (x *DeletionPlan) GetUnasked() []*UnaskedDeployment {
+	if x != nil {
+		return x.Unasked
+	}
+	return nil
+}
+
+func (x *DeletionPlan) GetOwnees() []string {
+	if x != nil {
+		return x.Ownees
+	}
+	return nil
+}
+
+func (x *DeletionPlan) GetTruncated() bool {
+	if x != nil {
+		return x.Truncated
+	}
+	return false
+}
+
+// PlannedDeployment is what a deletion would do in one Deployment.
+type PlannedDeployment struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// service/region
+	Location string `protobuf:"bytes,1,opt,name=location,proto3" json:"location,omitempty"`
+	// Resources that would be deleted, and fields that would be cleared.
+	Deletes int32 `protobuf:"varint,2,opt,name=deletes,proto3" json:"deletes,omitempty"`
+	Unsets  int32 `protobuf:"varint,3,opt,name=unsets,proto3" json:"unsets,omitempty"`
+	// How many of both happen after the deletion, not in its transaction.
+	Asynchronous int32 `protobuf:"varint,4,opt,name=asynchronous,proto3" json:"asynchronous,omitempty"`
+	// At most 1000 deletes, then at most 1000 unsets.
+	Changes       []*PlannedChange `protobuf:"bytes,5,rep,name=changes,proto3" json:"changes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlannedDeployment) Reset() {
+	*x = PlannedDeployment{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlannedDeployment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlannedDeployment) ProtoMessage() {}
+
+func (x *PlannedDeployment) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlannedDeployment.ProtoReflect.Descriptor instead.
+func (*PlannedDeployment) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PlannedDeployment) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *PlannedDeployment) GetDeletes() int32 {
+	if x != nil {
+		return x.Deletes
+	}
+	return 0
+}
+
+func (x *PlannedDeployment) GetUnsets() int32 {
+	if x != nil {
+		return x.Unsets
+	}
+	return 0
+}
+
+func (x *PlannedDeployment) GetAsynchronous() int32 {
+	if x != nil {
+		return x.Asynchronous
+	}
+	return 0
+}
+
+func (x *PlannedDeployment) GetChanges() []*PlannedChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+// PlannedChange is a resource that a deletion would delete or change.
+type PlannedChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Type  string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	// Field and target through which it is reached; empty for the resource itself. The target is spelled as in the reference.
+	Field  string `protobuf:"bytes,3,opt,name=field,proto3" json:"field,omitempty"`
+	Target string `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
+	// The field is cleared; otherwise the resource is deleted.
+	Unset         bool `protobuf:"varint,5,opt,name=unset,proto3" json:"unset,omitempty"`
+	Asynchronous  bool `protobuf:"varint,6,opt,name=asynchronous,proto3" json:"asynchronous,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlannedChange) Reset() {
+	*x = PlannedChange{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlannedChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlannedChange) ProtoMessage() {}
+
+func (x *PlannedChange) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlannedChange.ProtoReflect.Descriptor instead.
+func (*PlannedChange) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PlannedChange) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PlannedChange) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *PlannedChange) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *PlannedChange) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *PlannedChange) GetUnset() bool {
+	if x != nil {
+		return x.Unset
+	}
+	return false
+}
+
+func (x *PlannedChange) GetAsynchronous() bool {
+	if x != nil {
+		return x.Asynchronous
+	}
+	return false
+}
+
+// PlannedBlocker is why a resource cannot go.
+type PlannedBlocker struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Target string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
+	// service/region of the referrer.
+	Location string `protobuf:"bytes,2,opt,name=location,proto3" json:"location,omitempty"`
+	// Empty if only the location is known.
+	Referrer string `protobuf:"bytes,3,opt,name=referrer,proto3" json:"referrer,omitempty"`
+	Field    string `protobuf:"bytes,4,opt,name=field,proto3" json:"field,omitempty"`
+	// A transaction that refers to the target is not known to have ended; until then at the latest:
+	TentativeUntil *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=tentative_until,json=tentativeUntil,proto3" json:"tentative_until,omitempty"`
+	// The service itself blocks the deletion.
+	BlockDeletion bool `protobuf:"varint,6,opt,name=block_deletion,json=blockDeletion,proto3" json:"block_deletion,omitempty"`
+	// The target would go after the deletion: that is not refused, but what follows from it is held up.
+	Asynchronous  bool `protobuf:"varint,7,opt,name=asynchronous,proto3" json:"asynchronous,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlannedBlocker) Reset() {
+	*x = PlannedBlocker{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlannedBlocker) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlannedBlocker) ProtoMessage() {}
+
+func (x *PlannedBlocker) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlannedBlocker.ProtoReflect.Descriptor instead.
+func (*PlannedBlocker) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PlannedBlocker) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *PlannedBlocker) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *PlannedBlocker) GetReferrer() string {
+	if x != nil {
+		return x.Referrer
+	}
+	return ""
+}
+
+func (x *PlannedBlocker) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *PlannedBlocker) GetTentativeUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TentativeUntil
+	}
+	return nil
+}
+
+func (x *PlannedBlocker) GetBlockDeletion() bool {
+	if x != nil {
+		return x.BlockDeletion
+	}
+	return false
+}
+
+func (x *PlannedBlocker) GetAsynchronous() bool {
+	if x != nil {
+		return x.Asynchronous
+	}
+	return false
+}
+
+type UnaskedDeployment struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// service/region
+	Location string `protobuf:"bytes,1,opt,name=location,proto3" json:"location,omitempty"`
+	Error    string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	// About how many resources it was to be asked.
+	Names         int32 `protobuf:"varint,3,opt,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnaskedDeployment) Reset() {
+	*x = UnaskedDeployment{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnaskedDeployment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnaskedDeployment) ProtoMessage() {}
+
+func (x *UnaskedDeployment) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnaskedDeployment.ProtoReflect.Descriptor instead.
+func (*UnaskedDeployment) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *UnaskedDeployment) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *UnaskedDeployment) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *UnaskedDeployment) GetNames() int32 {
+	if x != nil {
+		return x.Names
+	}
+	return 0
+}
+
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Only what this region knows: neither the owner nor any other region is asked.
+	LocalOnly     bool `protobuf:"varint,2,opt,name=local_only,json=localOnly,proto3" json:"local_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ExplainRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetLocalOnly() bool {
+	if x != nil {
+		return x.LocalOnly
+	}
+	return false
+}
+
+// Explanation is what is known of one name.
+type Explanation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Type  string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	Owner *OwnerDecision         `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	// The region that answers, and with local_only knows all that follows. Otherwise it is the owner.
+	AnsweredBy string `protobuf:"bytes,4,opt,name=answered_by,json=answeredBy,proto3" json:"answered_by,omitempty"`
+	// ACTIVE, DELETING, or GONE: deleted, and the name is taken until everybody has been told. Empty: it does not exist where this was answered.
+	State      string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
+	Uuid       string                 `protobuf:"bytes,6,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	DeleteTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=delete_time,json=deleteTime,proto3" json:"delete_time,omitempty"`
+	// The answering region first, then the others by name.
+	Regions    []*RegionState       `protobuf:"bytes,8,rep,name=regions,proto3" json:"regions,omitempty"`
+	References []*OutgoingReference `protobuf:"bytes,9,rep,name=references,proto3" json:"references,omitempty"`
+	// Deployments in which resources refer to this one.
+	ReferredFrom []*IncomingReferences `protobuf:"bytes,10,rep,name=referred_from,json=referredFrom,proto3" json:"referred_from,omitempty"`
+	// At most 20 resources of the answering Deployment that refer to this one.
+	Referrers []*Referrer `protobuf:"bytes,11,rep,name=referrers,proto3" json:"referrers,omitempty"`
+	// More than are listed.
+	MoreReferrers bool `protobuf:"varint,12,opt,name=more_referrers,json=moreReferrers,proto3" json:"more_referrers,omitempty"`
+	// What the engine still has to do; unset if there is nothing.
+	Pending   *PendingWork `protobuf:"bytes,13,opt,name=pending,proto3" json:"pending,omitempty"`
+	Blockades []*Blockade  `protobuf:"bytes,14,rep,name=blockades,proto3" json:"blockades,omitempty"`
+	// The service itself blocks the deletion.
+	BlockDeletion bool `protobuf:"varint,15,opt,name=block_deletion,json=blockDeletion,proto3" json:"block_deletion,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Explanation) Reset() {
+	*x = Explanation{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Explanation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Explanation) ProtoMessage() {}
+
+func (x *Explanation) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Explanation.ProtoReflect.Descriptor instead.
+func (*Explanation) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Explanation) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Explanation) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Explanation) GetOwner() *OwnerDecision {
+	if x != nil {
+		return x.Owner
+	}
+	return nil
+}
+
+func (x *Explanation) GetAnsweredBy() string {
+	if x != nil {
+		return x.AnsweredBy
+	}
+	return ""
+}
+
+func (x *Explanation) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Explanation) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *Explanation) GetDeleteTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DeleteTime
+	}
+	return nil
+}
+
+func (x *Explanation) GetRegions() []*RegionState {
+	if x != nil {
+		return x.Regions
+	}
+	return nil
+}
+
+func (x *Explanation) GetReferences() []*OutgoingReference {
+	if x != nil {
+		return x.References
+	}
+	return nil
+}
+
+func (x *Explanation) GetReferredFrom() []*IncomingReferences {
+	if x != nil {
+		return x.ReferredFrom
+	}
+	return nil
+}
+
+func (x *Explanation) GetReferrers() []*Referrer {
+	if x != nil {
+		return x.Referrers
+	}
+	return nil
+}
+
+func (x *Explanation) GetMoreReferrers() bool {
+	if x != nil {
+		return x.MoreReferrers
+	}
+	return false
+}
+
+func (x *Explanation) GetPending() *PendingWork {
+	if x != nil {
+		return x.Pending
+	}
+	return nil
+}
+
+func (x *Explanation) GetBlockades() []*Blockade {
+	if x != nil {
+		return x.Blockades
+	}
+	return nil
+}
+
+func (x *Explanation) GetBlockDeletion() bool {
+	if x != nil {
+		return x.BlockDeletion
+	}
+	return false
+}
+
+// OwnerDecision says which region owns a name, and why.
+type OwnerDecision struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty if it cannot be decided here; reason says why.
+	Region string           `protobuf:"bytes,1,opt,name=region,proto3" json:"region,omitempty"`
+	By     OwnerDecision_By `protobuf:"varint,2,opt,name=by,proto3,enum=dbcontroller.v1.OwnerDecision_By" json:"by,omitempty"`
+	// The resource whose policy governs the name; empty: the service.
+	PolicyHolder string `protobuf:"bytes,3,opt,name=policy_holder,json=policyHolder,proto3" json:"policy_holder,omitempty"`
+	// A sentence for people.
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OwnerDecision) Reset() {
+	*x = OwnerDecision{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OwnerDecision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OwnerDecision) ProtoMessage() {}
+
+func (x *OwnerDecision) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OwnerDecision.ProtoReflect.Descriptor instead.
+func (*OwnerDecision) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *OwnerDecision) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *OwnerDecision) GetBy() OwnerDecision_By {
+	if x != nil {
+		return x.By
+	}
+	return OwnerDecision_BY_UNSPECIFIED
+}
+
+func (x *OwnerDecision) GetPolicyHolder() string {
+	if x != nil {
+		return x.PolicyHolder
+	}
+	return ""
+}
+
+func (x *OwnerDecision) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// RegionState is what one region holds of a name.
+type RegionState struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Region string                 `protobuf:"bytes,1,opt,name=region,proto3" json:"region,omitempty"`
+	// Why nothing else is known of the region.
+	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	// Its policy makes the region hold the resource.
+	Expected bool `protobuf:"varint,3,opt,name=expected,proto3" json:"expected,omitempty"`
+	// ACTIVE or DELETING; empty: it holds nothing.
+	State           string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	Etag            string `protobuf:"bytes,5,opt,name=etag,proto3" json:"etag,omitempty"`
+	ResourceVersion string `protobuf:"bytes,6,opt,name=resource_version,json=resourceVersion,proto3" json:"resource_version,omitempty"`
+	// Feed epoch of the owner in which that version was written. Versions are ordered by epoch, then by resource_version.
+	Epoch      int64                  `protobuf:"varint,7,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
+	// The owner according to the row; it differs from the decision while a resource moves.
+	OwningRegion string `protobuf:"bytes,9,opt,name=owning_region,json=owningRegion,proto3" json:"owning_region,omitempty"`
+	// A version of the resource that could not be applied there.
+	Quarantine    *QuarantinedVersion `protobuf:"bytes,10,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegionState) Reset() {
+	*x = RegionState{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegionState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegionState) ProtoMessage() {}
+
+func (x *RegionState) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegionState.ProtoReflect.Descriptor instead.
+func (*RegionState) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RegionState) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *RegionState) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *RegionState) GetExpected() bool {
+	if x != nil {
+		return x.Expected
+	}
+	return false
+}
+
+func (x *RegionState) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *RegionState) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+func (x *RegionState) GetResourceVersion() string {
+	if x != nil {
+		return x.ResourceVersion
+	}
+	return ""
+}
+
+func (x *RegionState) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RegionState) GetUpdateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UpdateTime
+	}
+	return nil
+}
+
+func (x *RegionState) GetOwningRegion() string {
+	if x != nil {
+		return x.OwningRegion
+	}
+	return ""
+}
+
+func (x *RegionState) GetQuarantine() *QuarantinedVersion {
+	if x != nil {
+		return x.Quarantine
+	}
+	return nil
+}
+
+type QuarantinedVersion struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	ResourceVersion string                 `protobuf:"bytes,1,opt,name=resource_version,json=resourceVersion,proto3" json:"resource_version,omitempty"`
+	Epoch           int64                  `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Cause           string                 `protobuf:"bytes,3,opt,name=cause,proto3" json:"cause,omitempty"`
+	Tries           int32                  `protobuf:"varint,4,opt,name=tries,proto3" json:"tries,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *QuarantinedVersion) Reset() {
+	*x = QuarantinedVersion{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantinedVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantinedVersion) ProtoMessage() {}
+
+func (x *QuarantinedVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantinedVersion.ProtoReflect.Descriptor instead.
+func (*QuarantinedVersion) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *QuarantinedVersion) GetResourceVersion() string {
+	if x != nil {
+		return x.ResourceVersion
+	}
+	return ""
+}
+
+func (x *QuarantinedVersion) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *QuarantinedVersion) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *QuarantinedVersion) GetTries() int32 {
+	if x != nil {
+		return x.Tries
+	}
+	return 0
+}
+
+// OutgoingReference is a reference of the resource to another.
+type OutgoingReference struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// schema, parent or owner
+	Kind   string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Field  string `protobuf:"bytes,2,opt,name=field,proto3" json:"field,omitempty"`
+	Target string `protobuf:"bytes,3,opt,name=target,proto3" json:"target,omitempty"`
+	// service/region of the target.
+	Location string `protobuf:"bytes,4,opt,name=location,proto3" json:"location,omitempty"`
+	// What happens to this resource when the target is deleted; empty for owners.
+	OnTargetDeleted string `protobuf:"bytes,5,opt,name=on_target_deleted,json=onTargetDeleted,proto3" json:"on_target_deleted,omitempty"`
+	// The target's Deployment has not been told yet that the reference is committed.
+	Unconfirmed   bool `protobuf:"varint,6,opt,name=unconfirmed,proto3" json:"unconfirmed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OutgoingReference) Reset() {
+	*x = OutgoingReference{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OutgoingReference) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OutgoingReference) ProtoMessage() {}
+
+func (x *OutgoingReference) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OutgoingReference.ProtoReflect.Descriptor instead.
+func (*OutgoingReference) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *OutgoingReference) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *OutgoingReference) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *OutgoingReference) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *OutgoingReference) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *OutgoingReference) GetOnTargetDeleted() string {
+	if x != nil {
+		return x.OnTargetDeleted
+	}
+	return ""
+}
+
+func (x *OutgoingReference) GetUnconfirmed() bool {
+	if x != nil {
+		return x.Unconfirmed
+	}
+	return false
+}
+
+// IncomingReferences says what kinds of references one Deployment holds, or held.
+type IncomingReferences struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// service/region
+	Location string `protobuf:"bytes,1,opt,name=location,proto3" json:"location,omitempty"`
+	// They forbid the deletion.
+	Blocking bool `protobuf:"varint,2,opt,name=blocking,proto3" json:"blocking,omitempty"`
+	// They are handled after the deletion.
+	Subscriber bool `protobuf:"varint,3,opt,name=subscriber,proto3" json:"subscriber,omitempty"`
+	// Resources there name this one as their owner.
+	Ownee bool `protobuf:"varint,4,opt,name=ownee,proto3" json:"ownee,omitempty"`
+	// The deletion of this resource is not complete before that Deployment has nothing left that refers to it.
+	Awaited       bool `protobuf:"varint,5,opt,name=awaited,proto3" json:"awaited,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IncomingReferences) Reset() {
+	*x = IncomingReferences{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IncomingReferences) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IncomingReferences) ProtoMessage() {}
+
+func (x *IncomingReferences) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IncomingReferences.ProtoReflect.Descriptor instead.
+func (*IncomingReferences) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *IncomingReferences) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *IncomingReferences) GetBlocking() bool {
+	if x != nil {
+		return x.Blocking
+	}
+	return false
+}
+
+func (x *IncomingReferences) GetSubscriber() bool {
+	if x != nil {
+		return x.Subscriber
+	}
+	return false
+}
+
+func (x *IncomingReferences) GetOwnee() bool {
+	if x != nil {
+		return x.Ownee
+	}
+	return false
+}
+
+func (x *IncomingReferences) GetAwaited() bool {
+	if x != nil {
+		return x.Awaited
+	}
+	return false
+}
+
+// Referrer is a resource that refers to another.
+type Referrer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Field string                 `protobuf:"bytes,2,opt,name=field,proto3" json:"field,omitempty"`
+	// As in OutgoingReference.
+	OnTargetDeleted string `protobuf:"bytes,3,opt,name=on_target_deleted,json=onTargetDeleted,proto3" json:"on_target_deleted,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Referrer) Reset() {
+	*x = Referrer{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Referrer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Referrer) ProtoMessage() {}
+
+func (x *Referrer) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Referrer.ProtoReflect.Descriptor instead.
+func (*Referrer) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Referrer) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Referrer) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *Referrer) GetOnTargetDeleted() string {
+	if x != nil {
+		return x.OnTargetDeleted
+	}
+	return ""
+}
+
+// PendingWork is what the engine still has to do for a resource.
+type PendingWork struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PENDING or DELETING
+	State string `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
+	// CONFIRM_BLOCKADES, CHECK_META_OWNERS, CHECK_META_OWNEES, DELETE; none while DELETING.
+	Tasks         []string               `protobuf:"bytes,2,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	LastError     string                 `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	NextRetry     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=next_retry,json=nextRetry,proto3" json:"next_retry,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PendingWork) Reset() {
+	*x = PendingWork{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PendingWork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PendingWork) ProtoMessage() {}
+
+func (x *PendingWork) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PendingWork.ProtoReflect.Descriptor instead.
+func (*PendingWork) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *PendingWork) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *PendingWork) GetTasks() []string {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+func (x *PendingWork) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *PendingWork) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *PendingWork) GetNextRetry() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextRetry
+	}
+	return nil
+}
+
+// Blockade is a resource of another Deployment whose transaction, with a reference to this one, is not known to have ended.
+type Blockade struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Location string                 `protobuf:"bytes,1,opt,name=location,proto3" json:"location,omitempty"`
+	Referrer string                 `protobuf:"bytes,2,opt,name=referrer,proto3" json:"referrer,omitempty"`
+	// Until then it blocks the deletion; afterwards its Deployment is asked first.
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Blockade) Reset() {
+	*x = Blockade{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Blockade) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Blockade) ProtoMessage() {}
+
+func (x *Blockade) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Blockade.ProtoReflect.Descriptor instead.
+func (*Blockade) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Blockade) GetLocation() string {
+	if x != nil {
+		return x.Location
+	}
+	return ""
+}
+
+func (x *Blockade) GetReferrer() string {
+	if x != nil {
+		return x.Referrer
+	}
+	return ""
+}
+
+func (x *Blockade) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
 type BatchWriteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 1000.
@@ -888,7 +2243,7 @@ type BatchWriteRequest struct {
 
 func (x *BatchWriteRequest) Reset() {
 	*x = BatchWriteRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +2255,7 @@ func (x *BatchWriteRequest) String() string {
 func (*BatchWriteRequest) ProtoMessage() {}
 
 func (x *BatchWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +2268,7 @@ func (x *BatchWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchWriteRequest.ProtoReflect.Descriptor instead.
 func (*BatchWriteRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{13}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *BatchWriteRequest) GetWrites() []*Write {
@@ -937,7 +2292,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +2304,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +2317,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{14}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Write) GetOp() isWrite_Op {
@@ -1031,7 +2386,7 @@ type BatchWriteResponse struct {
 
 func (x *BatchWriteResponse) Reset() {
 	*x = BatchWriteResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +2398,7 @@ func (x *BatchWriteResponse) String() string {
 func (*BatchWriteResponse) ProtoMessage() {}
 
 func (x *BatchWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +2411,7 @@ func (x *BatchWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchWriteResponse.ProtoReflect.Descriptor instead.
 func (*BatchWriteResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{15}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *BatchWriteResponse) GetResources() []*Resource {
@@ -1079,7 +2434,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +2446,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +2459,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{16}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WatchRequest) GetCollection() string {
@@ -1142,7 +2497,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +2509,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +2522,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{17}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *WatchResponse) GetChanges() []*Change {
@@ -1204,7 +2559,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1216,7 +2571,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1229,7 +2584,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{18}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Change) GetKind() isChange_Kind {
@@ -1355,8 +2710,131 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12#\n" +
 	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\x12#\n" +
-	"\rvalidate_only\x18\x04 \x01(\bR\fvalidateOnly\"\x10\n" +
-	"\x0eDeleteResponse\"C\n" +
+	"\rvalidate_only\x18\x04 \x01(\bR\fvalidateOnly\"C\n" +
+	"\x0eDeleteResponse\x121\n" +
+	"\x04plan\x18\x01 \x01(\v2\x1d.dbcontroller.v1.DeletionPlanR\x04plan\"\xbc\x02\n" +
+	"\fDeletionPlan\x12\x18\n" +
+	"\arefused\x18\x01 \x01(\bR\arefused\x12D\n" +
+	"\vdeployments\x18\x02 \x03(\v2\".dbcontroller.v1.PlannedDeploymentR\vdeployments\x12;\n" +
+	"\bblockers\x18\x03 \x03(\v2\x1f.dbcontroller.v1.PlannedBlockerR\bblockers\x12\x1b\n" +
+	"\ttoo_large\x18\x04 \x01(\bR\btooLarge\x12<\n" +
+	"\aunasked\x18\x05 \x03(\v2\".dbcontroller.v1.UnaskedDeploymentR\aunasked\x12\x16\n" +
+	"\x06ownees\x18\x06 \x03(\tR\x06ownees\x12\x1c\n" +
+	"\ttruncated\x18\a \x01(\bR\ttruncated\"\xbf\x01\n" +
+	"\x11PlannedDeployment\x12\x1a\n" +
+	"\blocation\x18\x01 \x01(\tR\blocation\x12\x18\n" +
+	"\adeletes\x18\x02 \x01(\x05R\adeletes\x12\x16\n" +
+	"\x06unsets\x18\x03 \x01(\x05R\x06unsets\x12\"\n" +
+	"\fasynchronous\x18\x04 \x01(\x05R\fasynchronous\x128\n" +
+	"\achanges\x18\x05 \x03(\v2\x1e.dbcontroller.v1.PlannedChangeR\achanges\"\x9f\x01\n" +
+	"\rPlannedChange\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +
+	"\x05field\x18\x03 \x01(\tR\x05field\x12\x16\n" +
+	"\x06target\x18\x04 \x01(\tR\x06target\x12\x14\n" +
+	"\x05unset\x18\x05 \x01(\bR\x05unset\x12\"\n" +
+	"\fasynchronous\x18\x06 \x01(\bR\fasynchronous\"\x86\x02\n" +
+	"\x0ePlannedBlocker\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\x12\x1a\n" +
+	"\blocation\x18\x02 \x01(\tR\blocation\x12\x1a\n" +
+	"\breferrer\x18\x03 \x01(\tR\breferrer\x12\x14\n" +
+	"\x05field\x18\x04 \x01(\tR\x05field\x12C\n" +
+	"\x0ftentative_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x0etentativeUntil\x12%\n" +
+	"\x0eblock_deletion\x18\x06 \x01(\bR\rblockDeletion\x12\"\n" +
+	"\fasynchronous\x18\a \x01(\bR\fasynchronous\"[\n" +
+	"\x11UnaskedDeployment\x12\x1a\n" +
+	"\blocation\x18\x01 \x01(\tR\blocation\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12\x14\n" +
+	"\x05names\x18\x03 \x01(\x05R\x05names\"C\n" +
+	"\x0eExplainRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"local_only\x18\x02 \x01(\bR\tlocalOnly\"\xb1\x05\n" +
+	"\vExplanation\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x124\n" +
+	"\x05owner\x18\x03 \x01(\v2\x1e.dbcontroller.v1.OwnerDecisionR\x05owner\x12\x1f\n" +
+	"\vanswered_by\x18\x04 \x01(\tR\n" +
+	"answeredBy\x12\x14\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\x12\x12\n" +
+	"\x04uuid\x18\x06 \x01(\tR\x04uuid\x12;\n" +
+	"\vdelete_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"deleteTime\x126\n" +
+	"\aregions\x18\b \x03(\v2\x1c.dbcontroller.v1.RegionStateR\aregions\x12B\n" +
+	"\n" +
+	"references\x18\t \x03(\v2\".dbcontroller.v1.OutgoingReferenceR\n" +
+	"references\x12H\n" +
+	"\rreferred_from\x18\n" +
+	" \x03(\v2#.dbcontroller.v1.IncomingReferencesR\freferredFrom\x127\n" +
+	"\treferrers\x18\v \x03(\v2\x19.dbcontroller.v1.ReferrerR\treferrers\x12%\n" +
+	"\x0emore_referrers\x18\f \x01(\bR\rmoreReferrers\x126\n" +
+	"\apending\x18\r \x01(\v2\x1c.dbcontroller.v1.PendingWorkR\apending\x127\n" +
+	"\tblockades\x18\x0e \x03(\v2\x19.dbcontroller.v1.BlockadeR\tblockades\x12%\n" +
+	"\x0eblock_deletion\x18\x0f \x01(\bR\rblockDeletion\"\x8e\x02\n" +
+	"\rOwnerDecision\x12\x16\n" +
+	"\x06region\x18\x01 \x01(\tR\x06region\x121\n" +
+	"\x02by\x18\x02 \x01(\x0e2!.dbcontroller.v1.OwnerDecision.ByR\x02by\x12#\n" +
+	"\rpolicy_holder\x18\x03 \x01(\tR\fpolicyHolder\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"u\n" +
+	"\x02By\x12\x12\n" +
+	"\x0eBY_UNSPECIFIED\x10\x00\x12\v\n" +
+	"\aBY_NAME\x10\x01\x12\x14\n" +
+	"\x10BY_POLICY_HOLDER\x10\x02\x12\x15\n" +
+	"\x11BY_SERVICE_POLICY\x10\x03\x12\x10\n" +
+	"\fBY_NO_POLICY\x10\x04\x12\x0f\n" +
+	"\vBY_RESOURCE\x10\x05\"\xe9\x02\n" +
+	"\vRegionState\x12\x16\n" +
+	"\x06region\x18\x01 \x01(\tR\x06region\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1a\n" +
+	"\bexpected\x18\x03 \x01(\bR\bexpected\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
+	"\x04etag\x18\x05 \x01(\tR\x04etag\x12)\n" +
+	"\x10resource_version\x18\x06 \x01(\tR\x0fresourceVersion\x12\x14\n" +
+	"\x05epoch\x18\a \x01(\x03R\x05epoch\x12;\n" +
+	"\vupdate_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"updateTime\x12#\n" +
+	"\rowning_region\x18\t \x01(\tR\fowningRegion\x12C\n" +
+	"\n" +
+	"quarantine\x18\n" +
+	" \x01(\v2#.dbcontroller.v1.QuarantinedVersionR\n" +
+	"quarantine\"\x81\x01\n" +
+	"\x12QuarantinedVersion\x12)\n" +
+	"\x10resource_version\x18\x01 \x01(\tR\x0fresourceVersion\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\x12\x14\n" +
+	"\x05cause\x18\x03 \x01(\tR\x05cause\x12\x14\n" +
+	"\x05tries\x18\x04 \x01(\x05R\x05tries\"\xbf\x01\n" +
+	"\x11OutgoingReference\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05field\x18\x02 \x01(\tR\x05field\x12\x16\n" +
+	"\x06target\x18\x03 \x01(\tR\x06target\x12\x1a\n" +
+	"\blocation\x18\x04 \x01(\tR\blocation\x12*\n" +
+	"\x11on_target_deleted\x18\x05 \x01(\tR\x0fonTargetDeleted\x12 \n" +
+	"\vunconfirmed\x18\x06 \x01(\bR\vunconfirmed\"\x9c\x01\n" +
+	"\x12IncomingReferences\x12\x1a\n" +
+	"\blocation\x18\x01 \x01(\tR\blocation\x12\x1a\n" +
+	"\bblocking\x18\x02 \x01(\bR\bblocking\x12\x1e\n" +
+	"\n" +
+	"subscriber\x18\x03 \x01(\bR\n" +
+	"subscriber\x12\x14\n" +
+	"\x05ownee\x18\x04 \x01(\bR\x05ownee\x12\x18\n" +
+	"\aawaited\x18\x05 \x01(\bR\aawaited\"`\n" +
+	"\bReferrer\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05field\x18\x02 \x01(\tR\x05field\x12*\n" +
+	"\x11on_target_deleted\x18\x03 \x01(\tR\x0fonTargetDeleted\"\xc5\x01\n" +
+	"\vPendingWork\x12\x14\n" +
+	"\x05state\x18\x01 \x01(\tR\x05state\x12\x14\n" +
+	"\x05tasks\x18\x02 \x03(\tR\x05tasks\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x04 \x01(\tR\tlastError\x129\n" +
+	"\n" +
+	"next_retry\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tnextRetry\"\x7f\n" +
+	"\bBlockade\x12\x1a\n" +
+	"\blocation\x18\x01 \x01(\tR\blocation\x12\x1a\n" +
+	"\breferrer\x18\x02 \x01(\tR\breferrer\x12;\n" +
+	"\vexpire_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"C\n" +
 	"\x11BatchWriteRequest\x12.\n" +
 	"\x06writes\x18\x01 \x03(\v2\x16.dbcontroller.v1.WriteR\x06writes\"\xbb\x01\n" +
 	"\x05Write\x128\n" +
@@ -1379,7 +2857,7 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x06Change\x12-\n" +
 	"\x03set\x18\x01 \x01(\v2\x19.dbcontroller.v1.ResourceH\x00R\x03set\x12\x1a\n" +
 	"\aremoved\x18\x02 \x01(\tH\x00R\aremovedB\x06\n" +
-	"\x04kind2\xe6\x04\n" +
+	"\x04kind2\xb2\x05\n" +
 	"\tResources\x12?\n" +
 	"\x03Get\x12\x1b.dbcontroller.v1.GetRequest\x1a\x19.dbcontroller.v1.Resource\"\x00\x12Q\n" +
 	"\bBatchGet\x12 .dbcontroller.v1.BatchGetRequest\x1a!.dbcontroller.v1.BatchGetResponse\"\x00\x12E\n" +
@@ -1389,7 +2867,8 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x06Delete\x12\x1e.dbcontroller.v1.DeleteRequest\x1a\x1f.dbcontroller.v1.DeleteResponse\"\x00\x12W\n" +
 	"\n" +
 	"BatchWrite\x12\".dbcontroller.v1.BatchWriteRequest\x1a#.dbcontroller.v1.BatchWriteResponse\"\x00\x12J\n" +
-	"\x05Watch\x12\x1d.dbcontroller.v1.WatchRequest\x1a\x1e.dbcontroller.v1.WatchResponse\"\x000\x01BJZHgithub.com/dbcontroller/db-controller/api/dbcontroller/v1;dbcontrollerv1b\x06proto3"
+	"\x05Watch\x12\x1d.dbcontroller.v1.WatchRequest\x1a\x1e.dbcontroller.v1.WatchResponse\"\x000\x01\x12J\n" +
+	"\aExplain\x12\x1f.dbcontroller.v1.ExplainRequest\x1a\x1c.dbcontroller.v1.Explanation\"\x00BJZHgithub.com/dbcontroller/db-controller/api/dbcontroller/v1;dbcontrollerv1b\x06proto3"
 
 var (
 	file_dbcontroller_v1_resources_proto_rawDescOnce sync.Once
@@ -1403,74 +2882,113 @@ func file_dbcontroller_v1_resources_proto_rawDescGZIP() []byte {
 	return file_dbcontroller_v1_resources_proto_rawDescData
 }
 
-var file_dbcontroller_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_dbcontroller_v1_resources_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_dbcontroller_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_dbcontroller_v1_resources_proto_goTypes = []any{
-	(*Resource)(nil),              // 0: dbcontroller.v1.Resource
-	(*Metadata)(nil),              // 1: dbcontroller.v1.Metadata
-	(*Syncing)(nil),               // 2: dbcontroller.v1.Syncing
-	(*OwnerReference)(nil),        // 3: dbcontroller.v1.OwnerReference
-	(*GetRequest)(nil),            // 4: dbcontroller.v1.GetRequest
-	(*BatchGetRequest)(nil),       // 5: dbcontroller.v1.BatchGetRequest
-	(*BatchGetResponse)(nil),      // 6: dbcontroller.v1.BatchGetResponse
-	(*ListRequest)(nil),           // 7: dbcontroller.v1.ListRequest
-	(*ListResponse)(nil),          // 8: dbcontroller.v1.ListResponse
-	(*CreateRequest)(nil),         // 9: dbcontroller.v1.CreateRequest
-	(*UpdateRequest)(nil),         // 10: dbcontroller.v1.UpdateRequest
-	(*DeleteRequest)(nil),         // 11: dbcontroller.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 12: dbcontroller.v1.DeleteResponse
-	(*BatchWriteRequest)(nil),     // 13: dbcontroller.v1.BatchWriteRequest
-	(*Write)(nil),                 // 14: dbcontroller.v1.Write
-	(*BatchWriteResponse)(nil),    // 15: dbcontroller.v1.BatchWriteResponse
-	(*WatchRequest)(nil),          // 16: dbcontroller.v1.WatchRequest
-	(*WatchResponse)(nil),         // 17: dbcontroller.v1.WatchResponse
-	(*Change)(nil),                // 18: dbcontroller.v1.Change
-	nil,                           // 19: dbcontroller.v1.Metadata.LabelsEntry
-	nil,                           // 20: dbcontroller.v1.Metadata.AnnotationsEntry
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil), // 22: google.protobuf.FieldMask
+	(OwnerDecision_By)(0),         // 0: dbcontroller.v1.OwnerDecision.By
+	(*Resource)(nil),              // 1: dbcontroller.v1.Resource
+	(*Metadata)(nil),              // 2: dbcontroller.v1.Metadata
+	(*Syncing)(nil),               // 3: dbcontroller.v1.Syncing
+	(*OwnerReference)(nil),        // 4: dbcontroller.v1.OwnerReference
+	(*GetRequest)(nil),            // 5: dbcontroller.v1.GetRequest
+	(*BatchGetRequest)(nil),       // 6: dbcontroller.v1.BatchGetRequest
+	(*BatchGetResponse)(nil),      // 7: dbcontroller.v1.BatchGetResponse
+	(*ListRequest)(nil),           // 8: dbcontroller.v1.ListRequest
+	(*ListResponse)(nil),          // 9: dbcontroller.v1.ListResponse
+	(*CreateRequest)(nil),         // 10: dbcontroller.v1.CreateRequest
+	(*UpdateRequest)(nil),         // 11: dbcontroller.v1.UpdateRequest
+	(*DeleteRequest)(nil),         // 12: dbcontroller.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 13: dbcontroller.v1.DeleteResponse
+	(*DeletionPlan)(nil),          // 14: dbcontroller.v1.DeletionPlan
+	(*PlannedDeployment)(nil),     // 15: dbcontroller.v1.PlannedDeployment
+	(*PlannedChange)(nil),         // 16: dbcontroller.v1.PlannedChange
+	(*PlannedBlocker)(nil),        // 17: dbcontroller.v1.PlannedBlocker
+	(*UnaskedDeployment)(nil),     // 18: dbcontroller.v1.UnaskedDeployment
+	(*ExplainRequest)(nil),        // 19: dbcontroller.v1.ExplainRequest
+	(*Explanation)(nil),           // 20: dbcontroller.v1.Explanation
+	(*OwnerDecision)(nil),         // 21: dbcontroller.v1.OwnerDecision
+	(*RegionState)(nil),           // 22: dbcontroller.v1.RegionState
+	(*QuarantinedVersion)(nil),    // 23: dbcontroller.v1.QuarantinedVersion
+	(*OutgoingReference)(nil),     // 24: dbcontroller.v1.OutgoingReference
+	(*IncomingReferences)(nil),    // 25: dbcontroller.v1.IncomingReferences
+	(*Referrer)(nil),              // 26: dbcontroller.v1.Referrer
+	(*PendingWork)(nil),           // 27: dbcontroller.v1.PendingWork
+	(*Blockade)(nil),              // 28: dbcontroller.v1.Blockade
+	(*BatchWriteRequest)(nil),     // 29: dbcontroller.v1.BatchWriteRequest
+	(*Write)(nil),                 // 30: dbcontroller.v1.Write
+	(*BatchWriteResponse)(nil),    // 31: dbcontroller.v1.BatchWriteResponse
+	(*WatchRequest)(nil),          // 32: dbcontroller.v1.WatchRequest
+	(*WatchResponse)(nil),         // 33: dbcontroller.v1.WatchResponse
+	(*Change)(nil),                // 34: dbcontroller.v1.Change
+	nil,                           // 35: dbcontroller.v1.Metadata.LabelsEntry
+	nil,                           // 36: dbcontroller.v1.Metadata.AnnotationsEntry
+	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil), // 38: google.protobuf.FieldMask
 }
 var file_dbcontroller_v1_resources_proto_depIdxs = []int32{
-	1,  // 0: dbcontroller.v1.Resource.metadata:type_name -> dbcontroller.v1.Metadata
-	21, // 1: dbcontroller.v1.Metadata.create_time:type_name -> google.protobuf.Timestamp
-	21, // 2: dbcontroller.v1.Metadata.update_time:type_name -> google.protobuf.Timestamp
-	21, // 3: dbcontroller.v1.Metadata.delete_time:type_name -> google.protobuf.Timestamp
-	19, // 4: dbcontroller.v1.Metadata.labels:type_name -> dbcontroller.v1.Metadata.LabelsEntry
-	20, // 5: dbcontroller.v1.Metadata.annotations:type_name -> dbcontroller.v1.Metadata.AnnotationsEntry
-	2,  // 6: dbcontroller.v1.Metadata.syncing:type_name -> dbcontroller.v1.Syncing
-	3,  // 7: dbcontroller.v1.Metadata.owner_references:type_name -> dbcontroller.v1.OwnerReference
-	0,  // 8: dbcontroller.v1.BatchGetResponse.resources:type_name -> dbcontroller.v1.Resource
-	0,  // 9: dbcontroller.v1.ListResponse.resources:type_name -> dbcontroller.v1.Resource
-	0,  // 10: dbcontroller.v1.CreateRequest.resource:type_name -> dbcontroller.v1.Resource
-	0,  // 11: dbcontroller.v1.UpdateRequest.resource:type_name -> dbcontroller.v1.Resource
-	22, // 12: dbcontroller.v1.UpdateRequest.update_mask:type_name -> google.protobuf.FieldMask
-	14, // 13: dbcontroller.v1.BatchWriteRequest.writes:type_name -> dbcontroller.v1.Write
-	9,  // 14: dbcontroller.v1.Write.create:type_name -> dbcontroller.v1.CreateRequest
-	10, // 15: dbcontroller.v1.Write.update:type_name -> dbcontroller.v1.UpdateRequest
-	11, // 16: dbcontroller.v1.Write.delete:type_name -> dbcontroller.v1.DeleteRequest
-	0,  // 17: dbcontroller.v1.BatchWriteResponse.resources:type_name -> dbcontroller.v1.Resource
-	18, // 18: dbcontroller.v1.WatchResponse.changes:type_name -> dbcontroller.v1.Change
-	0,  // 19: dbcontroller.v1.Change.set:type_name -> dbcontroller.v1.Resource
-	4,  // 20: dbcontroller.v1.Resources.Get:input_type -> dbcontroller.v1.GetRequest
-	5,  // 21: dbcontroller.v1.Resources.BatchGet:input_type -> dbcontroller.v1.BatchGetRequest
-	7,  // 22: dbcontroller.v1.Resources.List:input_type -> dbcontroller.v1.ListRequest
-	9,  // 23: dbcontroller.v1.Resources.Create:input_type -> dbcontroller.v1.CreateRequest
-	10, // 24: dbcontroller.v1.Resources.Update:input_type -> dbcontroller.v1.UpdateRequest
-	11, // 25: dbcontroller.v1.Resources.Delete:input_type -> dbcontroller.v1.DeleteRequest
-	13, // 26: dbcontroller.v1.Resources.BatchWrite:input_type -> dbcontroller.v1.BatchWriteRequest
-	16, // 27: dbcontroller.v1.Resources.Watch:input_type -> dbcontroller.v1.WatchRequest
-	0,  // 28: dbcontroller.v1.Resources.Get:output_type -> dbcontroller.v1.Resource
-	6,  // 29: dbcontroller.v1.Resources.BatchGet:output_type -> dbcontroller.v1.BatchGetResponse
-	8,  // 30: dbcontroller.v1.Resources.List:output_type -> dbcontroller.v1.ListResponse
-	0,  // 31: dbcontroller.v1.Resources.Create:output_type -> dbcontroller.v1.Resource
-	0,  // 32: dbcontroller.v1.Resources.Update:output_type -> dbcontroller.v1.Resource
-	12, // 33: dbcontroller.v1.Resources.Delete:output_type -> dbcontroller.v1.DeleteResponse
-	15, // 34: dbcontroller.v1.Resources.BatchWrite:output_type -> dbcontroller.v1.BatchWriteResponse
-	17, // 35: dbcontroller.v1.Resources.Watch:output_type -> dbcontroller.v1.WatchResponse
-	28, // [28:36] is the sub-list for method output_type
-	20, // [20:28] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	2,  // 0: dbcontroller.v1.Resource.metadata:type_name -> dbcontroller.v1.Metadata
+	37, // 1: dbcontroller.v1.Metadata.create_time:type_name -> google.protobuf.Timestamp
+	37, // 2: dbcontroller.v1.Metadata.update_time:type_name -> google.protobuf.Timestamp
+	37, // 3: dbcontroller.v1.Metadata.delete_time:type_name -> google.protobuf.Timestamp
+	35, // 4: dbcontroller.v1.Metadata.labels:type_name -> dbcontroller.v1.Metadata.LabelsEntry
+	36, // 5: dbcontroller.v1.Metadata.annotations:type_name -> dbcontroller.v1.Metadata.AnnotationsEntry
+	3,  // 6: dbcontroller.v1.Metadata.syncing:type_name -> dbcontroller.v1.Syncing
+	4,  // 7: dbcontroller.v1.Metadata.owner_references:type_name -> dbcontroller.v1.OwnerReference
+	1,  // 8: dbcontroller.v1.BatchGetResponse.resources:type_name -> dbcontroller.v1.Resource
+	1,  // 9: dbcontroller.v1.ListResponse.resources:type_name -> dbcontroller.v1.Resource
+	1,  // 10: dbcontroller.v1.CreateRequest.resource:type_name -> dbcontroller.v1.Resource
+	1,  // 11: dbcontroller.v1.UpdateRequest.resource:type_name -> dbcontroller.v1.Resource
+	38, // 12: dbcontroller.v1.UpdateRequest.update_mask:type_name -> google.protobuf.FieldMask
+	14, // 13: dbcontroller.v1.DeleteResponse.plan:type_name -> dbcontroller.v1.DeletionPlan
+	15, // 14: dbcontroller.v1.DeletionPlan.deployments:type_name -> dbcontroller.v1.PlannedDeployment
+	17, // 15: dbcontroller.v1.DeletionPlan.blockers:type_name -> dbcontroller.v1.PlannedBlocker
+	18, // 16: dbcontroller.v1.DeletionPlan.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
+	16, // 17: dbcontroller.v1.PlannedDeployment.changes:type_name -> dbcontroller.v1.PlannedChange
+	37, // 18: dbcontroller.v1.PlannedBlocker.tentative_until:type_name -> google.protobuf.Timestamp
+	21, // 19: dbcontroller.v1.Explanation.owner:type_name -> dbcontroller.v1.OwnerDecision
+	37, // 20: dbcontroller.v1.Explanation.delete_time:type_name -> google.protobuf.Timestamp
+	22, // 21: dbcontroller.v1.Explanation.regions:type_name -> dbcontroller.v1.RegionState
+	24, // 22: dbcontroller.v1.Explanation.references:type_name -> dbcontroller.v1.OutgoingReference
+	25, // 23: dbcontroller.v1.Explanation.referred_from:type_name -> dbcontroller.v1.IncomingReferences
+	26, // 24: dbcontroller.v1.Explanation.referrers:type_name -> dbcontroller.v1.Referrer
+	27, // 25: dbcontroller.v1.Explanation.pending:type_name -> dbcontroller.v1.PendingWork
+	28, // 26: dbcontroller.v1.Explanation.blockades:type_name -> dbcontroller.v1.Blockade
+	0,  // 27: dbcontroller.v1.OwnerDecision.by:type_name -> dbcontroller.v1.OwnerDecision.By
+	37, // 28: dbcontroller.v1.RegionState.update_time:type_name -> google.protobuf.Timestamp
+	23, // 29: dbcontroller.v1.RegionState.quarantine:type_name -> dbcontroller.v1.QuarantinedVersion
+	37, // 30: dbcontroller.v1.PendingWork.since:type_name -> google.protobuf.Timestamp
+	37, // 31: dbcontroller.v1.PendingWork.next_retry:type_name -> google.protobuf.Timestamp
+	37, // 32: dbcontroller.v1.Blockade.expire_time:type_name -> google.protobuf.Timestamp
+	30, // 33: dbcontroller.v1.BatchWriteRequest.writes:type_name -> dbcontroller.v1.Write
+	10, // 34: dbcontroller.v1.Write.create:type_name -> dbcontroller.v1.CreateRequest
+	11, // 35: dbcontroller.v1.Write.update:type_name -> dbcontroller.v1.UpdateRequest
+	12, // 36: dbcontroller.v1.Write.delete:type_name -> dbcontroller.v1.DeleteRequest
+	1,  // 37: dbcontroller.v1.BatchWriteResponse.resources:type_name -> dbcontroller.v1.Resource
+	34, // 38: dbcontroller.v1.WatchResponse.changes:type_name -> dbcontroller.v1.Change
+	1,  // 39: dbcontroller.v1.Change.set:type_name -> dbcontroller.v1.Resource
+	5,  // 40: dbcontroller.v1.Resources.Get:input_type -> dbcontroller.v1.GetRequest
+	6,  // 41: dbcontroller.v1.Resources.BatchGet:input_type -> dbcontroller.v1.BatchGetRequest
+	8,  // 42: dbcontroller.v1.Resources.List:input_type -> dbcontroller.v1.ListRequest
+	10, // 43: dbcontroller.v1.Resources.Create:input_type -> dbcontroller.v1.CreateRequest
+	11, // 44: dbcontroller.v1.Resources.Update:input_type -> dbcontroller.v1.UpdateRequest
+	12, // 45: dbcontroller.v1.Resources.Delete:input_type -> dbcontroller.v1.DeleteRequest
+	29, // 46: dbcontroller.v1.Resources.BatchWrite:input_type -> dbcontroller.v1.BatchWriteRequest
+	32, // 47: dbcontroller.v1.Resources.Watch:input_type -> dbcontroller.v1.WatchRequest
+	19, // 48: dbcontroller.v1.Resources.Explain:input_type -> dbcontroller.v1.ExplainRequest
+	1,  // 49: dbcontroller.v1.Resources.Get:output_type -> dbcontroller.v1.Resource
+	7,  // 50: dbcontroller.v1.Resources.BatchGet:output_type -> dbcontroller.v1.BatchGetResponse
+	9,  // 51: dbcontroller.v1.Resources.List:output_type -> dbcontroller.v1.ListResponse
+	1,  // 52: dbcontroller.v1.Resources.Create:output_type -> dbcontroller.v1.Resource
+	1,  // 53: dbcontroller.v1.Resources.Update:output_type -> dbcontroller.v1.Resource
+	13, // 54: dbcontroller.v1.Resources.Delete:output_type -> dbcontroller.v1.DeleteResponse
+	31, // 55: dbcontroller.v1.Resources.BatchWrite:output_type -> dbcontroller.v1.BatchWriteResponse
+	33, // 56: dbcontroller.v1.Resources.Watch:output_type -> dbcontroller.v1.WatchResponse
+	20, // 57: dbcontroller.v1.Resources.Explain:output_type -> dbcontroller.v1.Explanation
+	49, // [49:58] is the sub-list for method output_type
+	40, // [40:49] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_resources_proto_init() }
@@ -1478,12 +2996,12 @@ func file_dbcontroller_v1_resources_proto_init() {
 	if File_dbcontroller_v1_resources_proto != nil {
 		return
 	}
-	file_dbcontroller_v1_resources_proto_msgTypes[14].OneofWrappers = []any{
+	file_dbcontroller_v1_resources_proto_msgTypes[29].OneofWrappers = []any{
 		(*Write_Create)(nil),
 		(*Write_Update)(nil),
 		(*Write_Delete)(nil),
 	}
-	file_dbcontroller_v1_resources_proto_msgTypes[18].OneofWrappers = []any{
+	file_dbcontroller_v1_resources_proto_msgTypes[33].OneofWrappers = []any{
 		(*Change_Set)(nil),
 		(*Change_Removed)(nil),
 	}
@@ -1492,13 +3010,14 @@ func file_dbcontroller_v1_resources_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dbcontroller_v1_resources_proto_rawDesc), len(file_dbcontroller_v1_resources_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   21,
+			NumEnums:      1,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_dbcontroller_v1_resources_proto_goTypes,
 		DependencyIndexes: file_dbcontroller_v1_resources_proto_depIdxs,
+		EnumInfos:         file_dbcontroller_v1_resources_proto_enumTypes,
 		MessageInfos:      file_dbcontroller_v1_resources_proto_msgTypes,
 	}.Build()
 	File_dbcontroller_v1_resources_proto = out.File

@@ -50,6 +50,8 @@ const (
 	ResourcesBatchWriteProcedure = "/dbcontroller.v1.Resources/BatchWrite"
 	// ResourcesWatchProcedure is the fully-qualified name of the Resources's Watch RPC.
 	ResourcesWatchProcedure = "/dbcontroller.v1.Resources/Watch"
+	// ResourcesExplainProcedure is the fully-qualified name of the Resources's Explain RPC.
+	ResourcesExplainProcedure = "/dbcontroller.v1.Resources/Explain"
 )
 
 // ResourcesClient is a client for the dbcontroller.v1.Resources service.
@@ -66,6 +68,9 @@ type ResourcesClient interface {
 	BatchWrite(context.Context, *connect.Request[v1.BatchWriteRequest]) (*connect.Response[v1.BatchWriteResponse], error)
 	// Watch sends the current resources of a collection, then every change, until the caller leaves.
 	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.ServerStreamForClient[v1.WatchResponse], error)
+	// Explain tells why a resource is as it is: who owns it and why, which regions hold what, what refers to it, and what is still to be done about it. It is
+	// answered by the owning region, which asks the others. NOT_FOUND if no region knows the name.
+	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error)
 }
 
 // NewResourcesClient constructs a client for the dbcontroller.v1.Resources service. By default, it
@@ -127,6 +132,12 @@ func NewResourcesClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(resourcesMethods.ByName("Watch")),
 			connect.WithClientOptions(opts...),
 		),
+		explain: connect.NewClient[v1.ExplainRequest, v1.Explanation](
+			httpClient,
+			baseURL+ResourcesExplainProcedure,
+			connect.WithSchema(resourcesMethods.ByName("Explain")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -140,6 +151,7 @@ type resourcesClient struct {
 	delete     *connect.Client[v1.DeleteRequest, v1.DeleteResponse]
 	batchWrite *connect.Client[v1.BatchWriteRequest, v1.BatchWriteResponse]
 	watch      *connect.Client[v1.WatchRequest, v1.WatchResponse]
+	explain    *connect.Client[v1.ExplainRequest, v1.Explanation]
 }
 
 // Get calls dbcontroller.v1.Resources.Get.
@@ -182,6 +194,11 @@ func (c *resourcesClient) Watch(ctx context.Context, req *connect.Request[v1.Wat
 	return c.watch.CallServerStream(ctx, req)
 }
 
+// Explain calls dbcontroller.v1.Resources.Explain.
+func (c *resourcesClient) Explain(ctx context.Context, req *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error) {
+	return c.explain.CallUnary(ctx, req)
+}
+
 // ResourcesHandler is an implementation of the dbcontroller.v1.Resources service.
 type ResourcesHandler interface {
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.Resource], error)
@@ -196,6 +213,9 @@ type ResourcesHandler interface {
 	BatchWrite(context.Context, *connect.Request[v1.BatchWriteRequest]) (*connect.Response[v1.BatchWriteResponse], error)
 	// Watch sends the current resources of a collection, then every change, until the caller leaves.
 	Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error
+	// Explain tells why a resource is as it is: who owns it and why, which regions hold what, what refers to it, and what is still to be done about it. It is
+	// answered by the owning region, which asks the others. NOT_FOUND if no region knows the name.
+	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error)
 }
 
 // NewResourcesHandler builds an HTTP handler from the service implementation. It returns the path
@@ -253,6 +273,12 @@ func NewResourcesHandler(svc ResourcesHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(resourcesMethods.ByName("Watch")),
 		connect.WithHandlerOptions(opts...),
 	)
+	resourcesExplainHandler := connect.NewUnaryHandler(
+		ResourcesExplainProcedure,
+		svc.Explain,
+		connect.WithSchema(resourcesMethods.ByName("Explain")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dbcontroller.v1.Resources/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ResourcesGetProcedure:
@@ -271,6 +297,8 @@ func NewResourcesHandler(svc ResourcesHandler, opts ...connect.HandlerOption) (s
 			resourcesBatchWriteHandler.ServeHTTP(w, r)
 		case ResourcesWatchProcedure:
 			resourcesWatchHandler.ServeHTTP(w, r)
+		case ResourcesExplainProcedure:
+			resourcesExplainHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -310,4 +338,8 @@ func (UnimplementedResourcesHandler) BatchWrite(context.Context, *connect.Reques
 
 func (UnimplementedResourcesHandler) Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Resources.Watch is not implemented"))
+}
+
+func (UnimplementedResourcesHandler) Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Resources.Explain is not implemented"))
 }

@@ -31,6 +31,12 @@ BEGIN
     END IF;
 END $$;
 
+-- changed aborts a transaction whose plan no longer holds.
+CREATE FUNCTION changed(what text) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '%', what USING ERRCODE = 'DB001';
+END $$;
+
 -- As in 0001, and for the shadows too.
 CREATE OR REPLACE FUNCTION raise_epoch() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE

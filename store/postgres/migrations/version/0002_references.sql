@@ -19,7 +19,8 @@ CREATE TABLE refs (
     location text COLLATE "C" NOT NULL,              -- service/region of the target; empty: here
     kind     smallint NOT NULL,                      -- 0 schema, 1 parent, 2 owner
     behavior smallint NOT NULL,
-    tx_id    uuid                                    -- granted by the target's Deployment, and not confirmed there yet
+    tx_id    uuid,                                   -- granted by the target's Deployment, and not confirmed there yet
+    uuid     uuid                                    -- the incarnation of a target in another Deployment
 );
 CREATE INDEX refs_referrer ON refs (referrer);
 CREATE INDEX refs_target ON refs (target);
@@ -111,15 +112,15 @@ BEGIN
             WITH old AS MATERIALIZED (
                 SELECT ctid AS id, referrer, field, target, location, kind, behavior FROM refs WHERE referrer = ANY (s_name)
             ), new AS MATERIALIZED (
-                SELECT n.* FROM unnest(r_referrer, r_field, r_target, r_location, r_kind, r_behavior, r_tx) WITH ORDINALITY AS n (referrer, field, target, location, kind, behavior, tx, i)
+                SELECT n.* FROM unnest(r_referrer, r_field, r_target, r_location, r_kind, r_behavior, r_tx, r_uuid) WITH ORDINALITY AS n (referrer, field, target, location, kind, behavior, tx, uuid, i)
                 JOIN unnest(s_name) AS w (name) ON w.name = n.referrer
             ), both_ AS MATERIALIZED (
-                SELECT o.id, n.i, n.kind, n.behavior, n.tx, o.referrer, o.kind AS old_kind, (o.kind, o.behavior) <> (n.kind, n.behavior) OR n.tx IS NOT NULL AS differs
+                SELECT o.id, n.i, n.kind, n.behavior, n.tx, n.uuid, o.referrer, o.kind AS old_kind, (o.kind, o.behavior) <> (n.kind, n.behavior) OR n.tx IS NOT NULL AS differs
                 FROM old o FULL JOIN new n ON (o.referrer, o.field, o.target, o.location) = (n.referrer, n.field, n.target, n.location)
             ), dropped AS (
                 DELETE FROM refs WHERE ctid = ANY (ARRAY(SELECT id FROM both_ WHERE i IS NULL))
             ), changed AS (
-                UPDATE refs r SET kind = b.kind, behavior = b.behavior, tx_id = coalesce(b.tx, r.tx_id) FROM both_ b
+                UPDATE refs r SET kind = b.kind, behavior = b.behavior, tx_id = coalesce(b.tx, r.tx_id), uuid = coalesce(b.uuid, r.uuid) FROM both_ b
                 WHERE r.ctid = b.id AND b.differs AND r.ctid = ANY (ARRAY(SELECT id FROM both_ WHERE differs))
             ), flagged AS (
                 UPDATE resources t SET tasks = tasks | 4, task_time = coalesce(task_time, now()), shadow_change = pg_current_xact_id()
@@ -128,8 +129,8 @@ BEGIN
             SELECT coalesce(array_agg(i), '{}') INTO added FROM both_ WHERE id IS NULL;
         END IF;
         WITH written AS (
-            INSERT INTO refs (referrer, field, target, location, kind, behavior, tx_id)
-            SELECT r, f, t, l, k, b, tx FROM unnest(r_referrer, r_field, r_target, r_location, r_kind, r_behavior, r_tx) WITH ORDINALITY AS n (r, f, t, l, k, b, tx, i)
+            INSERT INTO refs (referrer, field, target, location, kind, behavior, tx_id, uuid)
+            SELECT r, f, t, l, k, b, tx, u FROM unnest(r_referrer, r_field, r_target, r_location, r_kind, r_behavior, r_tx, r_uuid) WITH ORDINALITY AS n (r, f, t, l, k, b, tx, u, i)
             JOIN unnest(s_name) AS w (name) ON w.name = n.r
             WHERE added IS NULL OR i = ANY (added)
             RETURNING referrer, field, target, location, behavior
@@ -247,14 +248,16 @@ BEGIN
         ORDER BY q.i;
 END $$;
 
--- finish_deletion ends a deletion, once nobody needs to be told of it any more: every source has been checked, no local referrer is left. Only now can the name be used again.
-CREATE FUNCTION finish_deletion(p_version text, p_name text, p_uuid uuid, p_checked text[]) RETURNS boolean LANGUAGE plpgsql AS $$
+-- finish_deletion ends a deletion, once nobody needs to be told of it any more: every source has been checked in this epoch, no local referrer is left. Only now can the name be
+-- used again.
+CREATE FUNCTION finish_deletion(p_version text, p_name text, p_uuid uuid, p_epoch bigint, p_checked text[]) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     self text := (SELECT region FROM ctl.deployment_state);
 BEGIN
     PERFORM ctl.enter_write(p_version);
     PERFORM FROM resources WHERE name = p_name AND uuid = p_uuid AND shadow = 2 AND NOT (block_deletion AND state = 1) FOR UPDATE;
     IF NOT FOUND
+        OR p_epoch <> (SELECT f.epoch FROM ctl.feed_epoch f)
         OR EXISTS (SELECT FROM sources WHERE name = p_name AND (subscriber OR ownee) AND location <> ALL (p_checked))
         OR EXISTS (SELECT FROM refs WHERE target = p_name AND location = '' AND behavior <> 6 AND kind <> 2)
     THEN

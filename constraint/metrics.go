@@ -1,0 +1,104 @@
+package constraint
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are those of one Node. What is pending is computed when asked, so that its age goes on growing while nothing moves.
+type metrics struct {
+	pending func() []pendingJob
+
+	dangling prometheus.Gauge
+	handled  *prometheus.CounterVec
+	retries  *prometheus.CounterVec
+}
+
+// pendingJob is a job for the metrics.
+type pendingJob struct {
+	kind      jobKind
+	since     time.Time
+	blockades int
+}
+
+func newMetrics(pending func() []pendingJob) *metrics {
+	m := &metrics{
+		pending: pending,
+		dangling: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dbcontroller_reference_dangling",
+			Help: "Committed references that were found to point to nothing since the process started. Must be 0."}),
+		handled: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_reference_handled_total",
+			Help: "Referrers of deleted resources that were handled: fields unset, resources deleted, or deletions deferred because something blocks them."}, []string{"action"}),
+		retries: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_reference_retries_total",
+			Help: "Work on references that could not be done and is tried again."}, []string{"kind", "reason"}),
+	}
+	for _, action := range []string{actionUnset, actionDelete, actionDefer} {
+		m.handled.WithLabelValues(action)
+	}
+	return m
+}
+
+// What was done with a referrer.
+const (
+	actionUnset  = "unset"
+	actionDelete = "delete"
+	actionDefer  = "defer"
+)
+
+var (
+	pendingDesc = prometheus.NewDesc("dbcontroller_reference_pending_tasks", "Work on references that this process knows of and that is not done.", []string{"kind"}, nil)
+	oldestDesc  = prometheus.NewDesc("dbcontroller_reference_oldest_seconds", "Age of the oldest work on references that is not done; 0 without any.", []string{"kind"}, nil)
+	expiredDesc = prometheus.NewDesc("dbcontroller_reference_expired_blockades", "Tentative blockades that have expired and whose Deployment has not answered yet.", nil, nil)
+	cascadeDesc = prometheus.NewDesc("dbcontroller_cascade_pending_rows", "Deleted resources of which others must still be told.", nil, nil)
+	deletedDesc = prometheus.NewDesc("dbcontroller_cascade_oldest_seconds", "Age of the oldest deletion of which others must still be told; 0 without any.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{pendingDesc, oldestDesc, expiredDesc, cascadeDesc, deletedDesc} {
+		ch <- d
+	}
+	m.dangling.Describe(ch)
+	m.handled.Describe(ch)
+	m.retries.Describe(ch)
+}
+
+// Collect implements prometheus.Collector.
+func (m *metrics) Collect(ch chan<- prometheus.Metric) {
+	now := time.Now()
+	count, oldest, blockades := map[jobKind]int{}, map[jobKind]float64{}, 0
+	for _, j := range m.pending() {
+		count[j.kind]++
+		oldest[j.kind] = max(oldest[j.kind], now.Sub(j.since).Seconds())
+		blockades += j.blockades
+	}
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	// Every kind has a value, so that work that is done is a 0 and not a gap.
+	for _, kind := range []jobKind{jobConfirm, jobOwners, jobOwnees, jobDelete, jobExpire, jobDrain, jobHandle, jobSweep, jobForget} {
+		gauge(pendingDesc, float64(count[kind]), string(kind))
+		gauge(oldestDesc, oldest[kind], string(kind))
+	}
+	gauge(expiredDesc, float64(blockades))
+	gauge(cascadeDesc, float64(count[jobDrain]))
+	gauge(deletedDesc, oldest[jobDrain])
+	m.dangling.Collect(ch)
+	m.handled.Collect(ch)
+	m.retries.Collect(ch)
+}
+
+// pending returns the jobs that are under way.
+func (s *session) pending() []pendingJob {
+	s.jobsMu.Lock()
+	defer s.jobsMu.Unlock()
+	all := make([]pendingJob, 0, len(s.jobs))
+	for _, j := range s.jobs {
+		since := j.task.TaskTime
+		if since.IsZero() {
+			since = j.added
+		}
+		all = append(all, pendingJob{j.key.kind, since, len(j.blockades)})
+	}
+	return all
+}
