@@ -30,7 +30,7 @@ func (s *session) planDrain(ctx context.Context, j *job) ([]laneKey, error) {
 		lanes = append(lanes, callLane(at))
 	}
 	for _, source := range sh.Sources {
-		if slices.Contains(suspects, source.Location) {
+		if source.Location == (store.Location{}) || slices.Contains(suspects, source.Location) {
 			continue
 		}
 		// Who only ever blocked was asked before the deletion was accepted; should it turn out to be more, it has not been asked yet.
@@ -165,6 +165,7 @@ func (s *session) goneFrom(sh *store.Shadow) (gone []store.Location) {
 	}
 	for _, source := range sh.Sources {
 		switch at := source.Location; {
+		case at == store.Location{}: // referrers here
 		case s.hasGone(at):
 			gone = append(gone, at)
 		case !s.declared(at): // removed while no process ran: this look was too early for it

@@ -318,6 +318,7 @@ func (c *fakeCore) Shadow(_ context.Context, name string) (sh *store.Shadow, err
 		}
 		copied := *c.shadows[name]
 		copied.References, copied.Sources = slices.Clone(copied.References), slices.Clone(copied.Sources)
+		copied.Sources = append(copied.Sources, store.Source{Blocking: true, Subscriber: true}) // referrers here are shown, too
 		sh = &copied
 		return nil
 	})
@@ -329,7 +330,7 @@ func (c *fakeCore) Shadows(_ context.Context, f store.ShadowFilter) (all []*stor
 		for _, name := range slices.Sorted(maps.Keys(c.shadows)) {
 			if name > f.After && len(all) < f.Limit {
 				copied := *c.shadows[name]
-				copied.Sources = slices.Clone(copied.Sources)
+				copied.Sources = append(slices.Clone(copied.Sources), store.Source{Blocking: true})
 				all = append(all, &copied)
 			}
 		}
@@ -446,7 +447,9 @@ func (c *fakeCore) MarkConfirmed(_ context.Context, name string, refs []store.Re
 	})
 }
 
-func (c *fakeCore) BeginSweep(context.Context, store.Location, int64) error { return c.in("BeginSweep", func() error { return nil }) }
+func (c *fakeCore) BeginSweep(context.Context, store.Location, int64) error {
+	return c.in("BeginSweep", func() error { return nil })
+}
 
 func (c *fakeCore) BeginAttempt(_ context.Context, names []string) (map[string]store.Question, error) {
 	qs := map[string]store.Question{}
@@ -859,12 +862,6 @@ func (w *fakeWorld) startOn(shards feed.Range) {
 		}
 		w.stop = func() {}
 	}
-}
-
-// restart is a crash: what the node had in memory is gone.
-func (w *fakeWorld) restart() {
-	w.stop()
-	w.start()
 }
 
 // pass lets time pass, and then everything that can happen. Between two calls nothing happens but what the test does.

@@ -201,6 +201,34 @@ var _ = Describe("the constraint layer on PostgreSQL", func() {
 		Expect(d.body("nodes/t")).NotTo(BeEmpty())
 	})
 
+	It("spares what has let go of it while the deletion was planned", func() {
+		var meanwhile func() error
+		d = deploy(topology("v1", midEU), midEU, map[store.Location]mixin.Peer{}, func(cfg *constraint.LayerConfig) {
+			cfg.Core = hooked{cfg.Core, func() {
+				if f := meanwhile; f != nil {
+					meanwhile = nil
+					Expect(f()).To(succeed)
+				}
+			}}
+		})
+		for _, m := range []func() error{
+			func() error { return d.save("nodes/c", `{"n":1}`) },
+			func() error {
+				return d.write(saveOf("nodes/c", `{"n":1}`), saveOf("nodes/new", `{"cascade":"nodes/t"}`))
+			},
+			func() error { return d.write(saveOf("nodes/c", `{"n":1}`), saveOf("nodes/u", `{"n":2}`)) },
+		} {
+			Expect(d.write(saveOf("nodes/t", `{}`), saveOf("nodes/c", `{"cascade":"nodes/t"}`), saveOf("nodes/c/children/x", `{}`), saveOf("nodes/u", `{"unset":"nodes/t"}`))).To(succeed)
+			meanwhile = m
+			Expect(d.delete("nodes/t")).To(succeed)
+			Expect(d.body("nodes/c")).To(MatchJSON(`{"n":1}`))
+			Expect(d.body("nodes/c/children/x")).To(MatchJSON(`{}`))
+			Expect(d.body("nodes/u")).To(Or(MatchJSON(`{}`), MatchJSON(`{"n":2}`)))
+			Expect(d.body("nodes/new")).To(BeEmpty())
+			consistent()
+		}
+	})
+
 	It("ends for cycles of cascades (X13)", func() {
 		Expect(d.write(saveOf("nodes/a", `{"cascade":"nodes/b"}`), saveOf("nodes/b", `{"cascade":"nodes/c"}`), saveOf("nodes/c", `{"cascade":"nodes/a","unset":"nodes/b"}`))).To(succeed)
 		Expect(d.delete("nodes/b")).To(succeed)
@@ -496,7 +524,85 @@ var _ = Describe("constraint layers of several Deployments", func() {
 		Expect(p.Deployments[1].Deleted).To(ConsistOf(constraint.PlannedChange{Name: "regions/eu/sites/f", Type: "Site", Field: "fellow", Target: "regions/us/sites/s", Async: true}))
 		Expect(p.Blockers).To(ContainElement(And(HaveField("Location", midEU), HaveField("Referrer", "nodes/n"), HaveField("TentativeUntil", time.Time{}))))
 	})
+
+	It("ask about a parent in another region once (F43, F51)", func(ctx SpecContext) {
+		Expect(us.save("nodes/n/regions/us/spots/s", `{}`)).To(And(haveCode(store.FailedPrecondition), MatchError(ContainSubstring("name: nodes/n (mid.example.com/eu) does not exist"))))
+		Expect(eu.save("nodes/n", `{}`)).To(succeed)
+		Expect(us.save("nodes/n/regions/us/spots/s", `{}`)).To(succeed)
+		Expect(us.save("nodes/n/regions/us/spots/s", `{"n":1}`)).To(succeed)
+		Expect(eu.shadow("nodes/n").Blockades).To(HaveLen(1))
+		Expect(eu.shadow("nodes/n").Sources).To(ConsistOf(store.Source{Location: midUS, Subscriber: true}))
+		refs, _, err := us.core.ReferencesTo(ctx, midEU, "", 10)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(refs).To(HaveLen(1), "to be confirmed after a failover")
+	})
+
+	It("need a new permission for a reference that was dropped meanwhile (I1, I2)", func() {
+		var meanwhile func()
+		reg := topology("v1", midEU, midUS)
+		all := map[store.Location]mixin.Peer{}
+		us = deploy(reg, midUS, all, nil)
+		eu = deploy(reg, midEU, all, func(cfg *constraint.LayerConfig) {
+			cfg.Core = hooked{cfg.Core, func() {
+				if f := meanwhile; f != nil {
+					meanwhile = nil
+					f()
+				}
+			}}
+		})
+		Expect(us.save("regions/us/sites/s", `{}`)).To(succeed)
+		Expect(eu.save("nodes/n", `{"site":"regions/us/sites/s"}`)).To(succeed)
+		confirm(us, eu, "nodes/n", "regions/us/sites/s")
+		meanwhile = func() {
+			Expect(eu.save("nodes/n", `{}`)).To(succeed)
+			Expect(us.delete("regions/us/sites/s")).To(succeed)
+		}
+		Expect(eu.save("nodes/n", `{"site":"regions/us/sites/s","n":1}`)).To(And(haveCode(store.FailedPrecondition), MatchError(ContainSubstring("does not exist"))))
+		Expect(eu.body("nodes/n")).To(MatchJSON(`{}`))
+	})
+
+	It("follow a deletion from one to the next, and back (F68, X13)", func(ctx SpecContext) {
+		Expect(low.save("things/i", `{}`)).To(succeed)
+		Expect(eu.save("nodes/n", `{"item":"items/i"}`)).To(succeed)
+		Expect(us.save("regions/us/sites/x", `{"node":"nodes/n"}`)).To(succeed)
+		Expect(eu.save("regions/eu/sites/y", `{"fellow":"regions/us/sites/x"}`)).To(succeed)
+		Expect(us.save("regions/us/sites/z", `{"fellow":"regions/eu/sites/y"}`)).To(succeed)
+		Expect(us.save("regions/us/sites/x", `{"node":"nodes/n","fellow":"regions/us/sites/z"}`)).To(succeed, "a cycle")
+		before := []string{eu.everything(), us.everything(), low.everything()}
+		p, err := low.layer.PlanDelete(ctx, "things/i")
+		Expect(err).NotTo(HaveOccurred())
+		Expect([]string{eu.everything(), us.everything(), low.everything()}).To(Equal(before))
+		Expect(p.Unasked).To(BeEmpty())
+		names := map[store.Location][]string{}
+		for _, d := range p.Deployments {
+			for _, c := range d.Deleted {
+				names[d.Location] = append(names[d.Location], c.Name)
+			}
+		}
+		Expect(names).To(HaveLen(3))
+		Expect(names[lowEU]).To(ConsistOf("things/i"))
+		Expect(names[midEU]).To(ConsistOf("nodes/n", "regions/eu/sites/y"))
+		Expect(names[midUS]).To(ConsistOf("regions/us/sites/x", "regions/us/sites/z"))
+	})
 })
+
+// hooked lets something happen after the layer has read what it plans with.
+type hooked struct {
+	constraint.LayerCore
+	after func()
+}
+
+func (h hooked) Closure(ctx context.Context, roots []string, limit, depth, async int) (*store.Closure, error) {
+	c, err := h.LayerCore.Closure(ctx, roots, limit, depth, async)
+	h.after()
+	return c, err
+}
+
+func (h hooked) Outgoing(ctx context.Context, names []string) (map[string][]store.Reference, store.Mark, error) {
+	refs, mark, err := h.LayerCore.Outgoing(ctx, names)
+	h.after()
+	return refs, mark, err
+}
 
 // away is a peer that does not answer.
 type away struct{ mixin.Peer }

@@ -26,7 +26,7 @@ const (
 	DefaultDebounce     = 30 * time.Second
 	DefaultScanInterval = 10 * time.Second
 	DefaultResync       = 10 * time.Minute
-	DefaultSweepAfter   = 5 * time.Minute
+	DefaultSweepAfter   = 5 * time.Second
 	DefaultCallTimeout  = 5 * time.Second
 	DefaultPage         = 500
 	DefaultQueue        = 10_000
@@ -99,8 +99,8 @@ type NodeConfig struct {
 	ScanInterval time.Duration
 	// Resync is how often everything that is due is read again, and the deletions of the others too. It costs little, and mends what was missed.
 	Resync time.Duration
-	// SweepAfter is how long after the first sight of a new epoch of another Deployment our references to it are sent again: longer than a grant of
-	// the old epoch can be used. Until then that Deployment asks us before each deletion.
+	// SweepAfter is how long after the first sight of a new epoch of another Deployment our references to it are sent again. Until that is done, that
+	// Deployment asks us before each deletion; so there is no haste, and a peer that has just come back is spared.
 	SweepAfter time.Duration
 	// CallTimeout bounds one call.
 	CallTimeout time.Duration
@@ -181,7 +181,7 @@ func NewNode(cfg NodeConfig) (*Node, error) {
 // topology is known (I39).
 func (n *Node) Run(ctx context.Context) error {
 	if err := n.cfg.Registry.WaitSynced(ctx); err != nil {
-		return nil //nolint:nilerr // told to stop
+		return nil // told to stop
 	}
 	if n.cfg.Metrics != nil {
 		reg := prometheus.WrapRegistererWith(prometheus.Labels{"db_service": n.cfg.Service, "target_region": n.cfg.Region}, n.cfg.Metrics)

@@ -327,7 +327,9 @@ var _ = Describe("the nodes on PostgreSQL", func() {
 			Eventually(func() string {
 				return d.query(fmt.Sprintf("SELECT coalesce(string_agg(name || ' ' || shadow || ' ' || tasks || ' ' || coalesce(task_error, ''), ', '), '') FROM %s.resources WHERE shadow_change IS NOT NULL", version))
 			}, patience, "50ms").Should(BeEmpty(), at.String())
-			Expect(d.query(fmt.Sprintf("SELECT coalesce(string_agg(name, ', '), '') FROM %s.blockades", version))).To(BeEmpty(), at.String())
+			Eventually(func() string {
+				return d.query(fmt.Sprintf("SELECT coalesce(string_agg(name, ', '), '') FROM %s.blockades", version))
+			}, patience, "50ms").Should(BeEmpty(), at.String())
 		}
 		Expect(w.dangling()).To(BeEmpty())
 	}
@@ -640,9 +642,9 @@ var _ = Describe("the nodes on PostgreSQL", func() {
 		}
 		Expect(middle.write(writes...)).To(Succeed())
 		deleted, after := false, 0
-		for began := time.Now(); after < 25; {
+		for began, crashes := time.Now(), 0; after < 25; crashes++ {
 			w.start(middleEU, baseEU)
-			time.Sleep(time.Duration(rand.N(60)) * time.Millisecond)
+			time.Sleep(time.Duration(rand.N(60+crashes)) * time.Millisecond) // a slow machine gets further, too
 			w.stop(middleEU, baseEU)
 			if deleted {
 				after++

@@ -338,7 +338,7 @@ func (s *session) planDelete(ctx context.Context, j *job) ([]laneKey, error) {
 	}
 	var first store.Location
 	for _, source := range sh.Sources {
-		if l := source.Location; source.Blocking && (first == store.Location{} || l.String() < first.String()) {
+		if l := source.Location; source.Blocking && l != (store.Location{}) && (first == store.Location{} || l.String() < first.String()) {
 			first = l
 		}
 	}

@@ -3,14 +3,15 @@ package constraint
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
 
 	v1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
+	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/mixin"
+	"github.com/dbcontroller/db-controller/registry"
 	"github.com/dbcontroller/db-controller/store"
 )
 
@@ -332,21 +333,21 @@ func (p *planner) answer(at store.Location, a *v1.PlanDeletionResponse) {
 	}
 }
 
-// errNotOurs is why somebody was not asked about the resources of a third.
-var errNotOurs = errors.New("only the Deployment that owns the resources can ask about them")
-
 // askPlan asks one Deployment. Names that it cannot express are left out: nothing there refers to them.
 func (s *Store) askPlan(ctx context.Context, h hop) ([]*v1.PlanDeletionResponse, error) {
-	if h.owner != s.cfg.Self {
-		return nil, errNotOurs
-	}
 	peer, err := s.cfg.Peers.Peer(h.at)
 	if err != nil {
 		return nil, err
 	}
+	spell := s.cfg.Peers.SpellFor
+	if h.owner != s.cfg.Self {
+		spell = func(at store.Location, name string) (string, string, bool) {
+			return spellOf(s.cfg.View(), h.owner, at, name)
+		}
+	}
 	byVersion := map[string][]string{}
 	for _, name := range h.names {
-		if version, spelled, ok := s.cfg.Peers.SpellFor(h.at, name); ok {
+		if version, spelled, ok := spell(h.at, name); ok {
 			byVersion[version] = append(byVersion[version], spelled)
 		}
 	}
@@ -355,7 +356,8 @@ func (s *Store) askPlan(ctx context.Context, h hop) ([]*v1.PlanDeletionResponse,
 		for chunk := range slices.Chunk(names, mixin.MaxNames) {
 			within, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
 			a, err := peer.PlanDeletion(within, &v1.PlanDeletionRequest{
-				Call: &v1.Call{Requester: mixin.WireLocation(s.cfg.Self), Callee: mixin.WireLocation(h.at), Version: version}, Targets: chunk,
+				Call:    &v1.Call{Requester: mixin.WireLocation(s.cfg.Self), Callee: mixin.WireLocation(h.at), Version: version},
+				Targets: chunk, Owner: mixin.WireLocation(h.owner),
 			})
 			cancel()
 			if err != nil {
@@ -365,6 +367,33 @@ func (s *Store) askPlan(ctx context.Context, h hop) ([]*v1.PlanDeletionResponse,
 		}
 	}
 	return answers, nil
+}
+
+// spellOf is SpellFor for the names of another owner, as far as the registry knows its version and that of at.
+func spellOf(view *registry.View, owner, at store.Location, name string) (version, spelled string, ok bool) {
+	versionAt := func(l store.Location) *descriptor.Version {
+		d, ok := view.Deployment(registry.Key{Service: l.Service, Region: l.Region})
+		if service, known := view.Service(l.Service); ok && known {
+			return service.Version(d.Version)
+		}
+		return nil
+	}
+	from, asker := versionAt(owner), versionAt(at)
+	if from == nil || asker == nil {
+		return "", "", false
+	}
+	to := asker
+	if at.Service != owner.Service {
+		if to = from.Service.Version(asker.Imports[owner.Service]); to == nil {
+			return "", "", false
+		}
+	}
+	n, err := from.ParseName(name)
+	if err != nil {
+		return "", "", false
+	}
+	n, ok = n.Translate(to, owner.Region)
+	return to.Name, n.Full, ok
 }
 
 // finish leaves out what is in the plan's own way, and orders it.

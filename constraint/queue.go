@@ -253,6 +253,11 @@ func (q *queue) ended(ctx context.Context, l *lane, w *work, err error) (failure
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	l.running--
+	if errors.Is(err, errParked) { // somebody may have added it again already
+		l.failures, l.opens = 0, time.Time{}
+		q.left(w.lane, l)
+		return 0, time.Time{}, false
+	}
 	now := time.Now()
 	w.due = now
 	var away *unreachableError
@@ -264,7 +269,7 @@ func (q *queue) ended(ctx context.Context, l *lane, w *work, err error) (failure
 			l.opens = now.Add(q.away.wait(l.failures))
 		}
 		retried = true
-	case err == nil, errors.As(err, &again), errors.Is(err, errParked):
+	case err == nil, errors.As(err, &again):
 		l.failures, l.opens = 0, time.Time{}
 		w.due = now.Add(time.Duration(again))
 	default:

@@ -31,12 +31,14 @@ type planReader interface {
 
 // PlanDeletion implements Peer. Names in the answer are the callee's own, but for those of the targets.
 func (s *Server) PlanDeletion(ctx context.Context, req *v1.PlanDeletionRequest) (*v1.PlanDeletionResponse, error) {
-	requester, end, err := s.begin(req.GetCall(), imported, false)
+	// A plan follows a deletion from owner to owner, so it asks about the resources of others too: it only reads.
+	requester, end, err := s.begin(req.GetCall(), anybody, false)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if err := cmp.Or(s.speaks(requester, req.GetCall().GetVersion()), checkCount("targets", len(req.GetTargets()), 1)); err != nil {
+	owner := cmp.Or(LocationOf(req.GetOwner()), requester)
+	if err := cmp.Or(s.speaks(owner, req.GetCall().GetVersion()), checkCount("targets", len(req.GetTargets()), 1)); err != nil {
 		return nil, err
 	}
 	for i, name := range req.GetTargets() {
@@ -46,7 +48,7 @@ func (s *Server) PlanDeletion(ctx context.Context, req *v1.PlanDeletionRequest) 
 	}
 	targets := slices.Sorted(slices.Values(req.GetTargets()))
 	p := &plan{core: s.cfg.Core, self: s.self, doomed: map[string]bool{}, names: map[store.Location][]string{}, res: &v1.PlanDeletionResponse{}}
-	if err := p.make(ctx, s.local(requester), slices.Compact(targets)); err != nil {
+	if err := p.make(ctx, s.local(owner), slices.Compact(targets)); err != nil {
 		return nil, err
 	}
 	return p.finish(), nil

@@ -57,9 +57,15 @@ func (s *Store) Closure(ctx context.Context, roots []string, limit, depth, async
 	return c, s.describe(ctx, c, names, via, async)
 }
 
+// referrersSQL finds the live local referrers of the targets in $1, by the index on the target of each and then by the referrer's name, whatever the planner thinks of their
+// number: it has made its plan for one target, and there may be a hundred thousand.
+const referrersSQL = ` FROM unnest($1::text[]) AS n,
+	LATERAL (SELECT referrer, field, target, kind, behavior FROM refs WHERE target = n AND location = '' OFFSET 0) r,
+	LATERAL (SELECT type, state, epoch, resource_version FROM resources WHERE name = r.referrer OFFSET 0) t
+	WHERE t.state = 0`
+
 func (s *Store) incoming(ctx context.Context, targets []string, behaviors []int32, limit int) ([]store.Incoming, error) {
-	rows, err := s.pool.Query(ctx, "SELECT "+incomingColumns+` FROM refs r JOIN resources t ON t.name = r.referrer
-		WHERE r.target = ANY ($1) AND r.location = '' AND r.kind <> 2 AND r.behavior = ANY ($2) AND t.state = 0 LIMIT $3`, targets, behaviors, limit)
+	rows, err := s.pool.Query(ctx, "SELECT "+incomingColumns+referrersSQL+" AND r.kind <> 2 AND r.behavior = ANY ($2) LIMIT $3", targets, behaviors, limit)
 	if err != nil {
 		return nil, wrap(err, "list referrers of %d resources", len(targets))
 	}
@@ -89,8 +95,7 @@ func (s *Store) describe(ctx context.Context, c *store.Closure, names []string, 
 		}
 		return err
 	})
-	b.Queue("SELECT "+incomingColumns+` FROM refs r JOIN resources t ON t.name = r.referrer
-		WHERE r.target = ANY ($1) AND r.location = '' AND r.behavior = 1 AND t.state = 0 AND r.referrer NOT IN (SELECT unnest($1::text[])) LIMIT $2`, names, maxBlockers).Query(func(rows pgx.Rows) error {
+	b.Queue("SELECT "+incomingColumns+referrersSQL+" AND r.behavior = 1 AND r.referrer NOT IN (SELECT unnest($1::text[])) LIMIT $2", names, maxBlockers).Query(func(rows pgx.Rows) error {
 		all, err := pgx.CollectRows(rows, scanIncoming)
 		for _, in := range all {
 			c.Blockers = append(c.Blockers, store.Blocker{Target: in.Target, Referrer: in.Referrer, Field: in.Field})
@@ -98,8 +103,7 @@ func (s *Store) describe(ctx context.Context, c *store.Closure, names []string, 
 		return err
 	})
 	if async > 0 {
-		b.Queue("SELECT "+incomingColumns+` FROM refs r JOIN resources t ON t.name = r.referrer
-			WHERE r.target = ANY ($1) AND r.location = '' AND r.kind <> 2 AND r.behavior IN (4, 5) AND t.state = 0 AND r.referrer NOT IN (SELECT unnest($1::text[])) LIMIT $2`, names, async).Query(func(rows pgx.Rows) (err error) {
+		b.Queue("SELECT "+incomingColumns+referrersSQL+" AND r.kind <> 2 AND r.behavior IN (4, 5) AND r.referrer NOT IN (SELECT unnest($1::text[])) LIMIT $2", names, async).Query(func(rows pgx.Rows) (err error) {
 			c.Async, err = pgx.CollectRows(rows, scanIncoming)
 			return err
 		})

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	. "github.com/onsi/ginkgo/v2"
 	. "github.com/onsi/gomega"
+	"github.com/onsi/gomega/types"
 
 	"github.com/dbcontroller/db-controller/internal/pgserver/pgtest"
 	"github.com/dbcontroller/db-controller/store"
@@ -51,7 +52,7 @@ var _ = Describe("references", func() {
 		GinkgoHelper()
 		Expect(err).NotTo(HaveOccurred())
 	}
-	changed := MatchError(store.ErrChanged)
+	changed := func() types.GomegaMatcher { return MatchError(store.ErrChanged) } // a matcher has state
 	shadow := func(name string) *store.Shadow {
 		GinkgoHelper()
 		h, err := s.Shadow(GinkgoTB().Context(), name)
@@ -122,7 +123,7 @@ var _ = Describe("references", func() {
 						race.Go(func() { deleteErr = write(deleted(target)) })
 						race.Wait()
 						if saveErr == nil {
-							Expect(deleteErr).To(changed, target)
+							Expect(deleteErr).To(changed(), target)
 						} else {
 							Expect(saveErr).To(haveCode(store.FailedPrecondition), target)
 							ok(deleteErr)
@@ -151,8 +152,8 @@ var _ = Describe("references", func() {
 			Expect(c.Async).To(HaveLen(1))
 			Expect(c.Blockers).To(ConsistOf(store.Blocker{Target: "shelves/t", Referrer: "shelves/b", Field: "f"}))
 			ok(write(deleted("shelves/b")))
-			Expect(write(deleted("shelves/t"))).To(changed)
-			Expect(write(deleted("shelves/t"), deleted("shelves/c"), deleted("shelves/cc"))).To(changed, "the unset is missing")
+			Expect(write(deleted("shelves/t"))).To(changed())
+			Expect(write(deleted("shelves/t"), deleted("shelves/c"), deleted("shelves/cc"))).To(changed(), "the unset is missing")
 			cascaded := func(name string) store.Write {
 				w := deleted(name)
 				w.Constraint.Closure = true
@@ -164,7 +165,7 @@ var _ = Describe("references", func() {
 			stale := cascaded("shelves/cc")
 			stale.IfVersion = c.Delete[2].Version
 			ok(write(saved("shelves/cc", ref("f", "shelves/c", store.Cascade))))
-			Expect(write(deleted("shelves/t"), cascaded("shelves/c"), stale, saved("shelves/u"))).To(changed, "it is not as it was planned")
+			Expect(write(deleted("shelves/t"), cascaded("shelves/c"), stale, saved("shelves/u"))).To(changed(), "it is not as it was planned")
 			ok(write(deleted("shelves/t"), cascaded("shelves/c"), cascaded("shelves/cc"), saved("shelves/u")))
 			_, err = s.Get(ctx, "shelves/c")
 			Expect(err).To(haveCode(store.NotFound))
@@ -235,7 +236,7 @@ var _ = Describe("references", func() {
 			h := shadow("shelves/t")
 			Expect(h.Blockades).To(HaveLen(1))
 			Expect(h.Sources).To(ConsistOf(store.Source{Location: elsewhere, Blocking: true}))
-			Expect(write(deleted("shelves/t"))).To(changed, "a tentative blockade")
+			Expect(write(deleted("shelves/t"))).To(changed(), "a tentative blockade")
 			establish(tx, 2, "shelves/t")
 			establish(tx, 1, "shelves/t") // late: F11, X5
 			Expect(shadow("shelves/t").Blockades).To(HaveLen(1))
@@ -250,14 +251,14 @@ var _ = Describe("references", func() {
 			ok(err)
 			Expect(shadow("shelves/t").Blockades).To(BeEmpty())
 
-			Expect(write(deleted("shelves/t"))).To(changed, "the source has not been asked")
+			Expect(write(deleted("shelves/t"))).To(changed(), "the source has not been asked")
 			q, err := s.BeginAttempt(ctx, []string{"shelves/t"})
 			ok(err)
 			Expect(q["shelves/t"].RowVersion % 2).To(BeEquivalentTo(1))
 			asked := deleted("shelves/t")
 			asked.Constraint.Asked, asked.Constraint.Attempt = []store.Location{elsewhere}, q["shelves/t"].RowVersion
 			establish(uuid.NewString(), 1, "shelves/t")
-			Expect(write(asked)).To(changed, "a grant has overtaken the attempt (X6)")
+			Expect(write(asked)).To(changed(), "a grant has overtaken the attempt (X6)")
 			Expect(shadow("shelves/t").RowVersion % 2).To(BeZero())
 		})
 
@@ -311,11 +312,11 @@ var _ = Describe("references", func() {
 			ok(err)
 			w := deleted("shelves/t")
 			w.Constraint.Epoch, w.Constraint.UUID = c.Epoch, uuid.NewString()
-			Expect(write(w)).To(changed)
+			Expect(write(w)).To(changed())
 			w.Constraint.UUID = c.Delete[0].UUID
 			_, err = s.RaiseEpoch(ctx)
 			ok(err)
-			Expect(write(w)).To(changed)
+			Expect(write(w)).To(changed())
 			q, err := s.BeginAttempt(ctx, []string{"shelves/t"})
 			ok(err)
 			stale := q["shelves/t"]
@@ -385,7 +386,7 @@ var _ = Describe("references", func() {
 			answers, err := s.CheckBlocked(ctx, elsewhere, []store.Question{question(1)}, nil)
 			ok(err)
 			Expect(answers).To(Equal([]store.BlockedAnswer{{Sample: []string{}}}))
-			Expect(write(saved("shelves/r", foreign("shelves/far", store.Block, old)))).To(changed)
+			Expect(write(saved("shelves/r", foreign("shelves/far", store.Block, old)))).To(changed())
 			ok(write(saved("shelves/r", foreign("shelves/far", store.Block, grant(2)))))
 			answers, err = s.CheckBlocked(ctx, elsewhere, []store.Question{question(3)}, nil)
 			ok(err)
@@ -394,26 +395,26 @@ var _ = Describe("references", func() {
 			n, _, err := s.CheckSubscriber(ctx, elsewhere, question(math.MaxInt64))
 			ok(err)
 			Expect(n).To(BeZero())
-			Expect(write(saved("shelves/r2", foreign("shelves/far", store.AsyncUnset, grant(4))))).To(changed)
+			Expect(write(saved("shelves/r2", foreign("shelves/far", store.AsyncUnset, grant(4))))).To(changed())
 
 			late := grant(0)
 			late.UUID = "0190d0a0-0000-7000-8000-000000000002"
 			removed, err := s.PurgeFences(ctx, 0, 10)
 			ok(err)
 			Expect(removed).To(Equal(1))
-			Expect(write(saved("shelves/r3", foreign("shelves/far", store.AsyncUnset, late)))).To(changed, "fences of it may have been purged")
+			Expect(write(saved("shelves/r3", foreign("shelves/far", store.AsyncUnset, late)))).To(changed(), "fences of it may have been purged")
 			late.Home = grant(0).Home
 			ok(write(saved("shelves/r3", foreign("shelves/far", store.AsyncUnset, late))))
 			late.Home = grant(0).Home
 			_, err = s.RaiseEpoch(ctx)
 			ok(err)
-			Expect(write(saved("shelves/r4", foreign("shelves/far", store.AsyncUnset, late)))).To(changed, "fences of it may have been lost")
+			Expect(write(saved("shelves/r4", foreign("shelves/far", store.AsyncUnset, late)))).To(changed(), "fences of it may have been lost")
 		})
 		It("are void once a sweep for a later epoch of the target has begun (I4)", func(ctx SpecContext) {
 			old := grant(0)
 			ok(s.BeginSweep(ctx, elsewhere, 2))
 			ok(s.BeginSweep(ctx, elsewhere, 1))
-			Expect(write(saved("shelves/r", foreign("shelves/far", store.Block, old)))).To(changed)
+			Expect(write(saved("shelves/r", foreign("shelves/far", store.Block, old)))).To(changed())
 			old.Epoch = 2
 			ok(write(saved("shelves/r", foreign("shelves/far", store.Block, old))))
 		})

@@ -19,7 +19,7 @@ func (s *Store) Outgoing(ctx context.Context, names []string) (map[string][]stor
 	b.Queue("SELECT epoch, (SELECT fences FROM horizon) FROM ctl.feed_epoch").QueryRow(func(r pgx.Row) error { return r.Scan(&mark.Epoch, &mark.Fence) })
 	out := map[string][]store.Reference{}
 	if len(names) > 0 {
-		b.Queue("SELECT "+referenceColumns+" FROM refs WHERE referrer = ANY ($1) AND location <> '' AND kind = 0", names).Query(func(rows pgx.Rows) error {
+		b.Queue("SELECT "+referenceColumns+" FROM refs WHERE referrer = ANY ($1) AND location <> '' AND kind <> 2", names).Query(func(rows pgx.Rows) error {
 			return eachReference(rows, func(referrer string, r store.Reference, _ bool) error {
 				out[referrer] = append(out[referrer], r)
 				return nil
@@ -436,7 +436,7 @@ func scanIncoming(r pgx.CollectableRow) (i store.Incoming, err error) {
 // the end. A referrer is never split.
 func (s *Store) ReferencesTo(ctx context.Context, at store.Location, after string, limit int) (refs []store.Confirmed, next string, err error) {
 	rows, err := s.pool.Query(ctx, `SELECT referrer, target, bool_or(behavior = 1), bool_or(behavior IN (2, 3, 4, 5)) FROM refs
-		WHERE location = $1 AND kind = 0 AND behavior <> 6 AND referrer > $2 GROUP BY referrer, target ORDER BY referrer FETCH FIRST ($3::bigint) ROWS WITH TIES`, at.String(), after, limit)
+		WHERE location = $1 AND kind <> 2 AND behavior <> 6 AND referrer > $2 GROUP BY referrer, target ORDER BY referrer FETCH FIRST ($3::bigint) ROWS WITH TIES`, at.String(), after, limit)
 	if err != nil {
 		return nil, "", wrap(err, "list references to %s", at)
 	}

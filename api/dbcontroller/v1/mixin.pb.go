@@ -1927,8 +1927,10 @@ func (x *DeletingShadow) GetUuid() string {
 type PlanDeletionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Call  *Call                  `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
-	// Names of the requester's resources that would be deleted.
-	Targets       []string `protobuf:"bytes,2,rep,name=targets,proto3" json:"targets,omitempty"`
+	// Names of the owner's resources that would be deleted.
+	Targets []string `protobuf:"bytes,2,rep,name=targets,proto3" json:"targets,omitempty"`
+	// The Deployment that owns the targets; without it the requester does. Call.version is that of the owner's names.
+	Owner         *Location `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1973,6 +1975,13 @@ func (x *PlanDeletionRequest) GetCall() *Call {
 func (x *PlanDeletionRequest) GetTargets() []string {
 	if x != nil {
 		return x.Targets
+	}
+	return nil
+}
+
+func (x *PlanDeletionRequest) GetOwner() *Location {
+	if x != nil {
+		return x.Owner
 	}
 	return nil
 }
@@ -3061,10 +3070,11 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"\x05epoch\x18\x04 \x01(\x03R\x05epoch\"8\n" +
 	"\x0eDeletingShadow\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"Z\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"\x8b\x01\n" +
 	"\x13PlanDeletionRequest\x12)\n" +
 	"\x04call\x18\x01 \x01(\v2\x15.dbcontroller.v1.CallR\x04call\x12\x18\n" +
-	"\atargets\x18\x02 \x03(\tR\atargets\"\x92\x02\n" +
+	"\atargets\x18\x02 \x03(\tR\atargets\x12/\n" +
+	"\x05owner\x18\x03 \x01(\v2\x19.dbcontroller.v1.LocationR\x05owner\"\x92\x02\n" +
 	"\x14PlanDeletionResponse\x122\n" +
 	"\adeletes\x18\x01 \x03(\v2\x18.dbcontroller.v1.PlannedR\adeletes\x120\n" +
 	"\x06unsets\x18\x02 \x03(\v2\x18.dbcontroller.v1.PlannedR\x06unsets\x12<\n" +
@@ -3265,58 +3275,59 @@ var file_dbcontroller_v1_mixin_proto_depIdxs = []int32{
 	2,  // 33: dbcontroller.v1.WatchImportedServiceDeletionsRequest.call:type_name -> dbcontroller.v1.Call
 	30, // 34: dbcontroller.v1.WatchImportedServiceDeletionsResponse.deleting:type_name -> dbcontroller.v1.DeletingShadow
 	2,  // 35: dbcontroller.v1.PlanDeletionRequest.call:type_name -> dbcontroller.v1.Call
-	33, // 36: dbcontroller.v1.PlanDeletionResponse.deletes:type_name -> dbcontroller.v1.Planned
-	33, // 37: dbcontroller.v1.PlanDeletionResponse.unsets:type_name -> dbcontroller.v1.Planned
-	34, // 38: dbcontroller.v1.PlanDeletionResponse.blockers:type_name -> dbcontroller.v1.DeletionBlocker
-	35, // 39: dbcontroller.v1.PlanDeletionResponse.sources:type_name -> dbcontroller.v1.PlannedSource
-	1,  // 40: dbcontroller.v1.DeletionBlocker.location:type_name -> dbcontroller.v1.Location
-	47, // 41: dbcontroller.v1.DeletionBlocker.tentative_until:type_name -> google.protobuf.Timestamp
-	1,  // 42: dbcontroller.v1.PlannedSource.location:type_name -> dbcontroller.v1.Location
-	47, // 43: dbcontroller.v1.ResourceShadow.task_time:type_name -> google.protobuf.Timestamp
-	47, // 44: dbcontroller.v1.ResourceShadow.delete_time:type_name -> google.protobuf.Timestamp
-	37, // 45: dbcontroller.v1.ResourceShadow.references:type_name -> dbcontroller.v1.ShadowReference
-	38, // 46: dbcontroller.v1.ResourceShadow.sources:type_name -> dbcontroller.v1.ShadowSource
-	39, // 47: dbcontroller.v1.ResourceShadow.tentative_blockades:type_name -> dbcontroller.v1.TentativeBlockade
-	47, // 48: dbcontroller.v1.ResourceShadow.next_retry:type_name -> google.protobuf.Timestamp
-	1,  // 49: dbcontroller.v1.ShadowReference.location:type_name -> dbcontroller.v1.Location
-	1,  // 50: dbcontroller.v1.ShadowSource.location:type_name -> dbcontroller.v1.Location
-	1,  // 51: dbcontroller.v1.TentativeBlockade.location:type_name -> dbcontroller.v1.Location
-	47, // 52: dbcontroller.v1.TentativeBlockade.expire_time:type_name -> google.protobuf.Timestamp
-	36, // 53: dbcontroller.v1.ListResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
-	36, // 54: dbcontroller.v1.WatchResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
-	3,  // 55: dbcontroller.v1.SchemaMixin.EstablishReferences:input_type -> dbcontroller.v1.EstablishReferencesRequest
-	7,  // 56: dbcontroller.v1.SchemaMixin.ConfirmBlockades:input_type -> dbcontroller.v1.ConfirmBlockadesRequest
-	11, // 57: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:input_type -> dbcontroller.v1.CheckIfResourceIsBlockedRequest
-	14, // 58: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:input_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
-	17, // 59: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:input_type -> dbcontroller.v1.CheckIfHasMetaOwneeRequest
-	19, // 60: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:input_type -> dbcontroller.v1.ConfirmMetaOwnerRequest
-	21, // 61: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:input_type -> dbcontroller.v1.UpgradeMetaOwnerVersionRequest
-	23, // 62: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:input_type -> dbcontroller.v1.RemoveMetaOwnerReferenceRequest
-	25, // 63: dbcontroller.v1.SchemaMixin.ListMetaOwnees:input_type -> dbcontroller.v1.ListMetaOwneesRequest
-	28, // 64: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:input_type -> dbcontroller.v1.WatchImportedServiceDeletionsRequest
-	31, // 65: dbcontroller.v1.SchemaMixin.PlanDeletion:input_type -> dbcontroller.v1.PlanDeletionRequest
-	40, // 66: dbcontroller.v1.ResourceShadows.GetResourceShadow:input_type -> dbcontroller.v1.GetResourceShadowRequest
-	41, // 67: dbcontroller.v1.ResourceShadows.ListResourceShadows:input_type -> dbcontroller.v1.ListResourceShadowsRequest
-	43, // 68: dbcontroller.v1.ResourceShadows.WatchResourceShadows:input_type -> dbcontroller.v1.WatchResourceShadowsRequest
-	5,  // 69: dbcontroller.v1.SchemaMixin.EstablishReferences:output_type -> dbcontroller.v1.EstablishReferencesResponse
-	9,  // 70: dbcontroller.v1.SchemaMixin.ConfirmBlockades:output_type -> dbcontroller.v1.ConfirmBlockadesResponse
-	12, // 71: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:output_type -> dbcontroller.v1.CheckIfResourceIsBlockedResponse
-	15, // 72: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:output_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
-	18, // 73: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:output_type -> dbcontroller.v1.CheckIfHasMetaOwneeResponse
-	20, // 74: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:output_type -> dbcontroller.v1.ConfirmMetaOwnerResponse
-	22, // 75: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:output_type -> dbcontroller.v1.UpgradeMetaOwnerVersionResponse
-	24, // 76: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:output_type -> dbcontroller.v1.RemoveMetaOwnerReferenceResponse
-	26, // 77: dbcontroller.v1.SchemaMixin.ListMetaOwnees:output_type -> dbcontroller.v1.ListMetaOwneesResponse
-	29, // 78: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:output_type -> dbcontroller.v1.WatchImportedServiceDeletionsResponse
-	32, // 79: dbcontroller.v1.SchemaMixin.PlanDeletion:output_type -> dbcontroller.v1.PlanDeletionResponse
-	36, // 80: dbcontroller.v1.ResourceShadows.GetResourceShadow:output_type -> dbcontroller.v1.ResourceShadow
-	42, // 81: dbcontroller.v1.ResourceShadows.ListResourceShadows:output_type -> dbcontroller.v1.ListResourceShadowsResponse
-	44, // 82: dbcontroller.v1.ResourceShadows.WatchResourceShadows:output_type -> dbcontroller.v1.WatchResourceShadowsResponse
-	69, // [69:83] is the sub-list for method output_type
-	55, // [55:69] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	1,  // 36: dbcontroller.v1.PlanDeletionRequest.owner:type_name -> dbcontroller.v1.Location
+	33, // 37: dbcontroller.v1.PlanDeletionResponse.deletes:type_name -> dbcontroller.v1.Planned
+	33, // 38: dbcontroller.v1.PlanDeletionResponse.unsets:type_name -> dbcontroller.v1.Planned
+	34, // 39: dbcontroller.v1.PlanDeletionResponse.blockers:type_name -> dbcontroller.v1.DeletionBlocker
+	35, // 40: dbcontroller.v1.PlanDeletionResponse.sources:type_name -> dbcontroller.v1.PlannedSource
+	1,  // 41: dbcontroller.v1.DeletionBlocker.location:type_name -> dbcontroller.v1.Location
+	47, // 42: dbcontroller.v1.DeletionBlocker.tentative_until:type_name -> google.protobuf.Timestamp
+	1,  // 43: dbcontroller.v1.PlannedSource.location:type_name -> dbcontroller.v1.Location
+	47, // 44: dbcontroller.v1.ResourceShadow.task_time:type_name -> google.protobuf.Timestamp
+	47, // 45: dbcontroller.v1.ResourceShadow.delete_time:type_name -> google.protobuf.Timestamp
+	37, // 46: dbcontroller.v1.ResourceShadow.references:type_name -> dbcontroller.v1.ShadowReference
+	38, // 47: dbcontroller.v1.ResourceShadow.sources:type_name -> dbcontroller.v1.ShadowSource
+	39, // 48: dbcontroller.v1.ResourceShadow.tentative_blockades:type_name -> dbcontroller.v1.TentativeBlockade
+	47, // 49: dbcontroller.v1.ResourceShadow.next_retry:type_name -> google.protobuf.Timestamp
+	1,  // 50: dbcontroller.v1.ShadowReference.location:type_name -> dbcontroller.v1.Location
+	1,  // 51: dbcontroller.v1.ShadowSource.location:type_name -> dbcontroller.v1.Location
+	1,  // 52: dbcontroller.v1.TentativeBlockade.location:type_name -> dbcontroller.v1.Location
+	47, // 53: dbcontroller.v1.TentativeBlockade.expire_time:type_name -> google.protobuf.Timestamp
+	36, // 54: dbcontroller.v1.ListResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
+	36, // 55: dbcontroller.v1.WatchResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
+	3,  // 56: dbcontroller.v1.SchemaMixin.EstablishReferences:input_type -> dbcontroller.v1.EstablishReferencesRequest
+	7,  // 57: dbcontroller.v1.SchemaMixin.ConfirmBlockades:input_type -> dbcontroller.v1.ConfirmBlockadesRequest
+	11, // 58: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:input_type -> dbcontroller.v1.CheckIfResourceIsBlockedRequest
+	14, // 59: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:input_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
+	17, // 60: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:input_type -> dbcontroller.v1.CheckIfHasMetaOwneeRequest
+	19, // 61: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:input_type -> dbcontroller.v1.ConfirmMetaOwnerRequest
+	21, // 62: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:input_type -> dbcontroller.v1.UpgradeMetaOwnerVersionRequest
+	23, // 63: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:input_type -> dbcontroller.v1.RemoveMetaOwnerReferenceRequest
+	25, // 64: dbcontroller.v1.SchemaMixin.ListMetaOwnees:input_type -> dbcontroller.v1.ListMetaOwneesRequest
+	28, // 65: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:input_type -> dbcontroller.v1.WatchImportedServiceDeletionsRequest
+	31, // 66: dbcontroller.v1.SchemaMixin.PlanDeletion:input_type -> dbcontroller.v1.PlanDeletionRequest
+	40, // 67: dbcontroller.v1.ResourceShadows.GetResourceShadow:input_type -> dbcontroller.v1.GetResourceShadowRequest
+	41, // 68: dbcontroller.v1.ResourceShadows.ListResourceShadows:input_type -> dbcontroller.v1.ListResourceShadowsRequest
+	43, // 69: dbcontroller.v1.ResourceShadows.WatchResourceShadows:input_type -> dbcontroller.v1.WatchResourceShadowsRequest
+	5,  // 70: dbcontroller.v1.SchemaMixin.EstablishReferences:output_type -> dbcontroller.v1.EstablishReferencesResponse
+	9,  // 71: dbcontroller.v1.SchemaMixin.ConfirmBlockades:output_type -> dbcontroller.v1.ConfirmBlockadesResponse
+	12, // 72: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:output_type -> dbcontroller.v1.CheckIfResourceIsBlockedResponse
+	15, // 73: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:output_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
+	18, // 74: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:output_type -> dbcontroller.v1.CheckIfHasMetaOwneeResponse
+	20, // 75: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:output_type -> dbcontroller.v1.ConfirmMetaOwnerResponse
+	22, // 76: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:output_type -> dbcontroller.v1.UpgradeMetaOwnerVersionResponse
+	24, // 77: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:output_type -> dbcontroller.v1.RemoveMetaOwnerReferenceResponse
+	26, // 78: dbcontroller.v1.SchemaMixin.ListMetaOwnees:output_type -> dbcontroller.v1.ListMetaOwneesResponse
+	29, // 79: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:output_type -> dbcontroller.v1.WatchImportedServiceDeletionsResponse
+	32, // 80: dbcontroller.v1.SchemaMixin.PlanDeletion:output_type -> dbcontroller.v1.PlanDeletionResponse
+	36, // 81: dbcontroller.v1.ResourceShadows.GetResourceShadow:output_type -> dbcontroller.v1.ResourceShadow
+	42, // 82: dbcontroller.v1.ResourceShadows.ListResourceShadows:output_type -> dbcontroller.v1.ListResourceShadowsResponse
+	44, // 83: dbcontroller.v1.ResourceShadows.WatchResourceShadows:output_type -> dbcontroller.v1.WatchResourceShadowsResponse
+	70, // [70:84] is the sub-list for method output_type
+	56, // [56:70] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_mixin_proto_init() }

@@ -66,7 +66,8 @@ CREATE INDEX fences_age ON fences (made_at);
 ALTER TABLE horizon ADD fences bigint NOT NULL DEFAULT 0;
 
 -- write_references is the second half of a write: it runs after the rows are written, under their locks and those of the local targets, and looks at the state
--- that is about to be committed. It rewrites the references of the rows that this transaction has written and raises
+-- that is about to be committed. Rows are looked up by name one after the other (OFFSET 0): a plan that was made while the tables were small must not join them another way once a
+-- cascade has a hundred thousand rows. It rewrites the references of the rows that this transaction has written and raises
 --
 --   DB001  what the caller has read no longer holds: the closure, who was asked, a grant
 --   DB002  a target does not exist or is being deleted; the detail says which
@@ -79,11 +80,12 @@ CREATE FUNCTION write_references(s_name text[],
 DECLARE
     bad record;
     d_written text[];
+    d_waiting text[];  -- those that stay readable
     added int[];  -- places in r_* of the references that are new; NULL: all
 BEGIN
     -- Only rows that this transaction has written: the others were refused, or would not change, and are not locked.
-    s_name := ARRAY(SELECT name FROM resources WHERE name = ANY (s_name) AND change = pg_current_xact_id_if_assigned());
-    d_written := ARRAY(SELECT name FROM resources WHERE name = ANY (d_name) AND change = pg_current_xact_id_if_assigned());
+    s_name := ARRAY(SELECT n FROM unnest(s_name) AS n, LATERAL (SELECT change FROM resources WHERE name = n OFFSET 0) t WHERE t.change = pg_current_xact_id_if_assigned());
+    d_written := ARRAY(SELECT n FROM unnest(d_name) AS n, LATERAL (SELECT change FROM resources WHERE name = n OFFSET 0) t WHERE t.change = pg_current_xact_id_if_assigned());
     IF cardinality(s_name) = 0 AND cardinality(d_written) = 0 THEN
         RETURN;
     END IF;
@@ -133,10 +135,13 @@ BEGIN
             SELECT r, f, t, l, k, b, tx, u FROM unnest(r_referrer, r_field, r_target, r_location, r_kind, r_behavior, r_tx, r_uuid) WITH ORDINALITY AS n (r, f, t, l, k, b, tx, u, i)
             JOIN unnest(s_name) AS w (name) ON w.name = n.r
             WHERE added IS NULL OR i = ANY (added)
-            RETURNING referrer, field, target, location, behavior
+            RETURNING referrer, field, target, location, kind, behavior, tx_id
         )
-        SELECT a.referrer, a.field, a.target, t.state, t.shadow INTO bad FROM written a LEFT JOIN LATERAL (SELECT state, shadow FROM resources WHERE name = a.target OFFSET 0) t ON true
-        WHERE a.location = '' AND a.behavior <> 6 AND (t.state = 0 AND t.shadow = 1) IS NOT TRUE LIMIT 1;
+        SELECT a.referrer, a.field, a.target, a.location, t.state, t.shadow INTO bad FROM written a LEFT JOIN LATERAL (SELECT state, shadow FROM resources WHERE name = a.target OFFSET 0) t ON true
+        WHERE a.behavior <> 6 AND CASE WHEN a.location = '' THEN (t.state = 0 AND t.shadow = 1) IS NOT TRUE ELSE a.kind <> 2 AND a.tx_id IS NULL END LIMIT 1;
+        IF FOUND AND bad.location <> '' THEN
+            RAISE EXCEPTION 'the reference of % to % was dropped meanwhile, and needs a new grant', bad.referrer, bad.target USING ERRCODE = 'DB001';
+        END IF;
         IF FOUND THEN
             RAISE EXCEPTION 'target % of % is missing', bad.target, bad.referrer USING ERRCODE = 'DB002',
                 DETAIL = jsonb_build_object('referrer', bad.referrer, 'field', bad.field, 'target', bad.target,
@@ -146,35 +151,37 @@ BEGIN
 
     IF cardinality(d_written) > 0 THEN
         -- The parent of a resource that stays readable waits for it.
-        DELETE FROM refs WHERE referrer = ANY (d_written) AND NOT (kind = 1 AND EXISTS (
-            SELECT FROM unnest(d_name, d_async) AS d (n, a) WHERE d.n = refs.referrer AND d.a));
-        SELECT r.referrer, r.target INTO bad FROM refs r JOIN resources t ON t.name = r.referrer
-            WHERE r.target = ANY (d_written) AND r.location = '' AND r.behavior IN (1, 2, 3) AND t.state = 0 LIMIT 1;
+        d_waiting := ARRAY(SELECT n FROM unnest(d_name, d_async) AS d (n, a) WHERE a);
+        DELETE FROM refs WHERE referrer = ANY (d_written) AND NOT (kind = 1 AND referrer = ANY (d_waiting));
+        SELECT r.referrer, n INTO bad FROM unnest(d_written) AS n, LATERAL (SELECT referrer FROM refs WHERE target = n AND location = '' AND behavior IN (1, 2, 3) OFFSET 0) r,
+            LATERAL (SELECT state FROM resources WHERE name = r.referrer OFFSET 0) t WHERE t.state = 0 LIMIT 1;
         IF FOUND THEN
-            RAISE EXCEPTION '% refers to %', bad.referrer, bad.target USING ERRCODE = 'DB001';
+            RAISE EXCEPTION '% refers to %', bad.referrer, bad.n USING ERRCODE = 'DB001';
         END IF;
-        SELECT name INTO bad FROM blockades WHERE name = ANY (d_written) AND expires_at > now() LIMIT 1;
+        SELECT n INTO bad FROM unnest(d_written) AS n, LATERAL (SELECT expires_at FROM blockades WHERE name = n OFFSET 0) b WHERE b.expires_at > now() LIMIT 1;
         IF FOUND THEN
-            RAISE EXCEPTION '% has a tentative blockade', bad.name USING ERRCODE = 'DB001';
+            RAISE EXCEPTION '% has a tentative blockade', bad.n USING ERRCODE = 'DB001';
         END IF;
-        SELECT s.name INTO bad FROM sources s JOIN unnest(d_name, d_asked) AS d (n, asked) ON d.n = s.name WHERE s.blocking AND s.location <> ALL (d.asked::text[]) LIMIT 1;
+        SELECT n INTO bad FROM unnest(d_name, d_asked) AS d (n, asked), LATERAL (SELECT location, blocking FROM sources WHERE name = n OFFSET 0) s
+            WHERE s.blocking AND s.location <> ALL (d.asked::text[]) LIMIT 1;
         IF FOUND THEN
-            RAISE EXCEPTION '% has a source that was not asked', bad.name USING ERRCODE = 'DB001';
+            RAISE EXCEPTION '% has a source that was not asked', bad.n USING ERRCODE = 'DB001';
         END IF;
         IF d_epoch <> 0 AND d_epoch <> (SELECT epoch FROM ctl.feed_epoch) THEN
             RAISE EXCEPTION 'the deletion was planned in another history of this database' USING ERRCODE = 'DB001';
         END IF;
-        SELECT t.name INTO bad FROM resources t JOIN unnest(d_name, d_uuid, d_attempt) AS d (n, u, a) ON d.n = t.name
+        SELECT n INTO bad FROM unnest(d_name, d_uuid, d_attempt) AS d (n, u, a), LATERAL (SELECT uuid, row_version FROM resources WHERE name = n OFFSET 0) t
             WHERE d.a <> 0 AND t.row_version <> d.a OR d.u IS NOT NULL AND d.u <> t.uuid LIMIT 1;
         IF FOUND THEN
-            RAISE EXCEPTION 'the attempt to delete % was overtaken', bad.name USING ERRCODE = 'DB001';
+            RAISE EXCEPTION 'the attempt to delete % was overtaken', bad.n USING ERRCODE = 'DB001';
         END IF;
         -- Who is left must be told: then the shadow stays, and with it the name.
-        UPDATE resources t SET shadow = 2, shadow_change = pg_current_xact_id(), task_time = now()
-        FROM unnest(d_name, d_async, d_told) AS d (n, async, told)
-        WHERE t.name = d.n AND t.change = pg_current_xact_id() AND t.state <> 0 AND (d.async OR d.told
-            OR EXISTS (SELECT FROM sources s WHERE s.name = d.n AND (s.subscriber OR s.ownee))
-            OR EXISTS (SELECT FROM refs r WHERE r.target = d.n AND r.location = '' AND r.kind <> 2 AND r.behavior <> 6));
+        UPDATE resources SET shadow = 2, shadow_change = pg_current_xact_id(), task_time = now()
+        WHERE ctid = ANY (ARRAY(
+            SELECT t.id FROM unnest(d_name, d_async, d_told) AS d (n, async, told), LATERAL (SELECT ctid AS id, change, state FROM resources WHERE name = n OFFSET 0) t
+            WHERE t.change = pg_current_xact_id() AND t.state <> 0 AND (d.async OR d.told
+                OR EXISTS (SELECT FROM sources s WHERE s.name = d.n AND (s.subscriber OR s.ownee))
+                OR EXISTS (SELECT FROM refs r WHERE r.target = d.n AND r.location = '' AND r.kind <> 2 AND r.behavior <> 6))));
         DELETE FROM sources WHERE name = ANY (d_written) AND NOT EXISTS (SELECT FROM resources t WHERE t.name = sources.name AND t.shadow = 2);
         DELETE FROM blockades WHERE name = ANY (d_written);
     END IF;
