@@ -37,12 +37,18 @@ for each pair the three clocks contact, freshness and apply lag.
 
 Without --load it writes a small data set and then goes on writing. With --load it writes the resources of a file in eu, in
 transactions of up to 250 rows, two at a time: one JSON object per line, with name, metadata and the resource's own fields.
+The lines may be in any order. A reference to a resource that does not exist is refused, so each one is written after what it
+refers to; a circle of references is written in one transaction, or some of its references are added afterwards.
+
+When all copies are there it plans and makes two deletions (with --load only if also --exit-when-synced is given): of a source that
+other packages need, which must be refused, and of one that nobody needs. That takes the packages of the source along, and those
+that only recommend them lose the reference, in all regions.
 
 At the end it compares all databases with queries of its own: which rows each region must hold follows from the column
 "regions" of their owner's database. Compared are name, uuid, version, times and a hash of all contents.
 
-The exit code is 0 only if that comparison found nothing missing, extra or different; 1 if it did, or the time was up; 130 if
-it was interrupted before the load was complete. Processes and files are removed in any case.
+The exit code is 0 only if the deletions went as they must and that comparison found nothing missing, extra or different; 1
+otherwise, or if the time was up; 130 if it was interrupted before. Processes and files are removed in any case.
 
 Commit to visible (p50, p99) is measured with a resource that is written in eu five times a second: from the answer to the write
 until a query, repeated every 2 ms (less often for what takes longer), finds it in the database of another region. It contains the distance

@@ -144,61 +144,93 @@ func processesOf(dir string) (found []string) {
 	return found
 }
 
-// writeInput writes resources of the packages service: some sections that live in different regions, and their packages.
-func writeInput(t *testing.T, packages int) (path string, owned, copies int) {
+// demoInput is a file of resources of the packages service, and what must be left of them.
+type demoInput struct {
+	path          string
+	owned, copies int // without what is deleted
+	deleted       int // with sources/s1, the only source that nobody needs and others recommend
+	blockers      int // of sources/s0, which most need
+}
+
+// writeInput writes some sections that live in different regions, and packages of ten sources, all before what they refer to.
+func writeInput(t *testing.T, packages int) demoInput {
 	t.Helper()
 	sets := [][]string{{"ap", "eu", "us"}, {"eu", "us"}, {"ap", "eu"}, {"eu"}}
+	name := func(i int) string { return fmt.Sprintf("sections/s%d/packages/p%d", i%len(sets), i) }
+	in := demoInput{path: filepath.Join(t.TempDir(), "input.ndjson")}
 	var out bytes.Buffer
+	for i := range packages {
+		references := ""
+		if i%10 != 0 {
+			references += fmt.Sprintf(`,"depends":[%q]`, name(i-i%10))
+			in.blockers++
+		}
+		switch {
+		case i%10 == 2:
+			references += fmt.Sprintf(`,"recommends":[%q]`, name(i-1))
+		case i%10 == 3 && i < 50 && i+1 < packages: // a circle through two sections
+			references += fmt.Sprintf(`,"suggests":[%q]`, name(i+1))
+		case i%10 == 4 && i < 50:
+			references += fmt.Sprintf(`,"preDepends":[%q]`, name(i-1))
+		}
+		fmt.Fprintf(&out, `{"name":%q,"metadata":{"labels":{"n":"%d"}},"version":"1.%d","description":%q,"source":"sources/s%d"%s}`+"\n",
+			name(i), i, i, strings.Repeat("x", i%2000), i%10, references)
+		if i%10 == 1 {
+			in.deleted++
+		} else {
+			in.owned, in.copies = in.owned+1, in.copies+len(sets[i%len(sets)])-1
+		}
+	}
+	for i := range 10 {
+		fmt.Fprintf(&out, `{"name":"sources/s%d","title":"ünï \"quoted\" \\ 12345678901234567890"}`+"\n", i)
+	}
+	in.owned, in.copies, in.deleted = in.owned+9, in.copies+18, in.deleted+1
 	for i, set := range sets {
 		regions, err := json.Marshal(set)
 		if err != nil {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(&out, `{"name":"sections/s%d","title":"s%d","multiRegionPolicy":{"enabledRegions":%s,"defaultControlRegion":"eu"}}`+"\n", i, i, regions)
-		owned, copies = owned+1, copies+2 // sections are global
+		in.owned, in.copies = in.owned+1, in.copies+2 // sections are global
 	}
-	fmt.Fprintln(&out, `{"name":"sources/s","title":"ünï \"quoted\" \\ 12345678901234567890"}`)
-	owned, copies = owned+1, copies+2
-	for i := range packages {
-		s := i % len(sets)
-		fmt.Fprintf(&out, `{"name":"sections/s%d/packages/p%d","metadata":{"labels":{"n":"%d"}},"version":"1.%d","description":%q,"source":"sources/s"}`+"\n",
-			s, i, i, i, strings.Repeat("x", i%2000))
-		owned, copies = owned+1, copies+len(sets[s])-1
-	}
-	path = filepath.Join(t.TempDir(), "input.ndjson")
-	if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
+	if err := os.WriteFile(in.path, out.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return path, owned, copies
+	return in
 }
 
-func TestDemoLoadsCutsHealsAndJudges(t *testing.T) {
+// TestDemoLoadsCutsDeletesAndJudges: references hold (F37, F39), a deletion is refused (F46) or cascades (F48, F49), and the regions agree.
+func TestDemoLoadsCutsDeletesAndJudges(t *testing.T) {
 	g := NewWithT(t)
-	input, owned, copies := writeInput(t, 295)
-	p := start(t, "demo", "--load", input, "--latency", "eu-us=20ms,eu-ap=40ms", "--cut", "ap", "--for", "4s", "--exit-when-synced", "--summary", "json", "--timeout", "3m")
+	in := writeInput(t, 295)
+	p := start(t, "demo", "--load", in.path, "--latency", "eu-us=20ms,eu-ap=40ms", "--cut", "ap", "--for", "4s", "--exit-when-synced", "--summary", "json", "--timeout", "3m")
 	g.Expect(p.code(t)).To(Equal(0), p.stderr.String())
 
 	lines := strings.Split(strings.TrimSpace(p.stdout.String()), "\n")
 	var summary map[string]float64
 	g.Expect(json.Unmarshal([]byte(lines[len(lines)-1]), &summary)).To(Succeed())
 	g.Expect(slices.Sorted(maps.Keys(summary))).To(Equal([]string{
-		"copies", "different", "extra", "missing", "owned", "p50_ms", "p99_ms", "regions", "rows_per_second",
+		"copies", "deleted", "different", "extra", "missing", "owned", "p50_ms", "p99_ms", "refused_blockers", "regions", "rows_per_second",
 	}))
 	g.Expect(summary).To(And(
-		HaveKeyWithValue("regions", 3.0), HaveKeyWithValue("owned", float64(owned)), HaveKeyWithValue("copies", float64(copies)),
+		HaveKeyWithValue("regions", 3.0), HaveKeyWithValue("owned", float64(in.owned)), HaveKeyWithValue("copies", float64(in.copies)),
 		HaveKeyWithValue("missing", 0.0), HaveKeyWithValue("extra", 0.0), HaveKeyWithValue("different", 0.0),
+		HaveKeyWithValue("deleted", float64(in.deleted)), HaveKeyWithValue("refused_blockers", float64(in.blockers)),
 	))
 	g.Expect(summary["p50_ms"]).To(BeNumerically(">=", 10), "half a round trip")
 	g.Expect(summary["p99_ms"]).To(BeNumerically(">", 1000), "the cut is in it")
 	g.Expect(summary["rows_per_second"]).To(BeNumerically(">", 0))
-	g.Expect(p.stderr.String()).To(And(ContainSubstring("CUT: ap"), ContainSubstring("HEALED: ap")))
+	g.Expect(p.stderr.String()).To(And(
+		ContainSubstring("CUT: ap"), ContainSubstring("HEALED: ap"), ContainSubstring("5 references of larger circles added afterwards, to 5 resources"),
+		ContainSubstring("DELETE sources/s0: refused"), ContainSubstring("DELETE sources/s1: 31 resources gone, 30 others without"),
+	))
 	p.expectNothingLeft(g)
 }
 
 func TestDemoIsInterruptedInMidLoad(t *testing.T) {
 	g := NewWithT(t)
-	input, _, _ := writeInput(t, 60_000)
-	p := start(t, "demo", "--load", input, "--exit-when-synced")
+	in := writeInput(t, 60_000)
+	p := start(t, "demo", "--load", in.path, "--exit-when-synced")
 	p.waitLine(t, "loading")
 	began := time.Now()
 	g.Expect(p.cmd.Process.Signal(syscall.SIGINT)).To(Succeed())
@@ -211,22 +243,25 @@ func TestDemoIsInterruptedInMidLoad(t *testing.T) {
 func TestDemoWithoutInputRunsUntilInterrupted(t *testing.T) {
 	g := NewWithT(t)
 	p := start(t, "demo", "--latency", "0", "--insecure", "--summary", "json")
+	p.waitLine(t, "DELETE sources/engine: refused because of 1 resource in the input, among them sections/admin/packages/dashboard")
+	p.waitLine(t, "DELETE sources/puzzle: 3 resources gone, 2 others without their references to them")
 	p.waitLine(t, "running until Ctrl-C")
 	p.waitLine(t, "writes")
 	g.Expect(p.cmd.Process.Signal(syscall.SIGTERM)).To(Succeed())
 	g.Expect(p.code(t)).To(Equal(0), p.stderr.String())
 	var summary map[string]float64
 	g.Expect(json.Unmarshal(p.stdout.Bytes(), &summary)).To(Succeed())
-	// 4 sections, and 4 times 25 packages; web is controlled by us and not in eu.
-	g.Expect(summary).To(And(HaveKeyWithValue("owned", 104.0), HaveKeyWithValue("copies", float64(4*2+25*(2+1+1+2)))))
+	// 4 sections, and 4 times 25 packages; web is controlled by us and not in eu; and what refers to each other, without what was deleted.
+	g.Expect(summary).To(And(HaveKeyWithValue("owned", 104.0+5), HaveKeyWithValue("copies", float64(4*2+25*(2+1+1+2)+8))))
 	p.expectNothingLeft(g)
 }
 
 func TestDemoSaysWhatIsWrongWithTheInput(t *testing.T) {
 	for name, c := range map[string]struct{ line, want string }{
-		"not JSON":      {`{"name":`, "line 2: is not a JSON object"},
-		"unknown type":  {`{"name":"books/x"}`, "line 2: name"},
-		"against rules": {`{"name":"sections/s/packages/p","version":7}`, "lines 2 to 2"},
+		"not JSON":       {`{"name":`, "line 2: is not a JSON object"},
+		"unknown type":   {`{"name":"books/x"}`, "line 2: name"},
+		"against rules":  {`{"name":"sections/s/packages/p","version":7}`, "line 2: "},
+		"no such target": {`{"name":"sections/s/packages/p","version":"1","depends":["sections/s/packages/none"]}`, "sections/s/packages/none"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := NewWithT(t)
@@ -243,8 +278,8 @@ func TestDemoSaysWhatIsWrongWithTheInput(t *testing.T) {
 
 func TestDemoGivesUpWhenTheTimeIsUp(t *testing.T) {
 	g := NewWithT(t)
-	input, _, _ := writeInput(t, 20)
-	p := start(t, "demo", "--load", input, "--cut", "ap", "--for", "10m", "--exit-when-synced", "--timeout", "8s", "--summary", "json")
+	in := writeInput(t, 20)
+	p := start(t, "demo", "--load", in.path, "--cut", "ap", "--for", "10m", "--exit-when-synced", "--timeout", "8s", "--summary", "json")
 	g.Expect(p.code(t)).To(Equal(1))
 	g.Expect(p.stderr.String()).To(ContainSubstring("--timeout"))
 	p.expectNothingLeft(g)

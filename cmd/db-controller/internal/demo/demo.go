@@ -2,7 +2,11 @@
 //
 //	demo.go     one run from the start to the verdict
 //	world.go    PostgreSQL, certificates, manifests, links with distance, three Deployments; and their end
-//	load.go     real input and synthetic writes, through the API servers
+//	input.go    the resources to load, and their references
+//	order.go    in which order they are written: every reference after its target
+//	load.go     the load and synthetic writes, through the API servers
+//	choose.go   which deletions the input is good for
+//	delete.go   a deletion that is refused and one that cascades, planned before, judged after
 //	probe.go    commit to visible, measured from outside
 //	sample.go   what the regions hold and say, now and again
 //	compare.go  the verdict: the databases compared by queries of its own
@@ -12,7 +16,6 @@
 package demo
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -74,7 +77,7 @@ type Config struct {
 }
 
 // ErrInterrupted is returned when a run was ended before there was something to judge.
-var ErrInterrupted = errors.New("interrupted before the load was complete, so nothing was compared")
+var ErrInterrupted = errors.New("interrupted before the load and the deletions were complete, so nothing was compared")
 
 // settleTimeout is how long an interrupted run waits for the copies of the last writes.
 const settleTimeout = 20 * time.Second
@@ -92,6 +95,9 @@ type Summary struct {
 	Missing   int64 `json:"missing"`
 	Extra     int64 `json:"extra"`
 	Different int64 `json:"different"`
+	// Deleted are the rows that the demo's deletion has taken along, RefusedBlockers the resources that have forbidden the other one.
+	Deleted         int `json:"deleted"`
+	RefusedBlockers int `json:"refused_blockers"`
 	// P50 and P99 are from commit to visible, in milliseconds.
 	P50 float64 `json:"p50_ms"`
 	P99 float64 `json:"p99_ms"`
@@ -99,8 +105,8 @@ type Summary struct {
 	RowsPerSecond float64 `json:"rows_per_second"`
 }
 
-// Run runs the demo. It returns nil if a comparison of all databases has found nothing missing, extra or different. When ctx is done before the
-// load is complete, it stops at once with ErrInterrupted; later, it stops writing, waits for the last copies, and compares.
+// Run runs the demo. It returns nil if the deletions went as they must, and a comparison of all databases has found nothing missing, extra or different. When
+// ctx is done before load and deletions are complete, it stops at once with ErrInterrupted; later, it stops writing, waits for the last copies, and compares.
 func Run(ctx context.Context, cfg Config) (err error) {
 	r := &run{cfg: cfg, screen: newScreen(cfg.Err, cfg.Terminal)}
 	level := slog.LevelError + 1 // what goes wrong is in the table
@@ -109,40 +115,48 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	log := slog.New(slog.NewTextHandler(r.screen, &slog.HandlerOptions{Level: level}))
 
-	input, size, err := cfg.open()
-	if err != nil {
-		return err
+	data := builtInData()
+	if cfg.Load != "" {
+		if data, err = os.ReadFile(cfg.Load); err != nil {
+			return fmt.Errorf("--load: %w", err)
+		}
 	}
-	defer input.Close()
-	r.input, r.size = input, size
 	r.screen.note("starting PostgreSQL and three regions of %s", service)
-	if r.world, err = open(ctx, cfg, log); err != nil {
+	var planning errgroup.Group // while the regions start
+	planning.Go(func() error { return r.plan(data) })
+	r.world, err = open(ctx, cfg, log)
+	planned := planning.Wait()
+	if err != nil {
 		if ctx.Err() != nil {
 			return errors.Join(ErrInterrupted, err)
 		}
 		return err
 	}
 	defer func() { err = errors.Join(err, r.world.close()) }()
+	if planned != nil {
+		return fmt.Errorf("load %s: %w", r.source(), planned)
+	}
 	r.introduce()
 	return r.all(ctx)
 }
 
-// open returns the input and its size in bytes.
-func (cfg Config) open() (io.ReadCloser, int64, error) {
-	if cfg.Load == "" {
-		data := builtInData()
-		return io.NopCloser(bytes.NewReader(data)), int64(len(data)), nil
-	}
-	f, err := os.Open(cfg.Load)
+// plan reads the input and finds the order in which it is written.
+func (r *run) plan(data []byte) error {
+	schema, err := sampleSchema()
 	if err != nil {
-		return nil, 0, fmt.Errorf("--load: %w", err)
+		return err
 	}
-	info, err := f.Stat()
-	if err != nil {
-		return nil, 0, errors.Join(fmt.Errorf("--load: %w", err), f.Close())
+	if r.input, err = parseInput(schema, data); err != nil {
+		return err
 	}
-	return f, info.Size(), nil
+	r.order = r.input.plan(loadLimits)
+	r.deletes = &deletions{run: r, input: r.input}
+	r.deletes.refusal, r.deletes.cascade = r.input.chooseDeletions()
+	return nil
 }
+
+// source says what is loaded.
+func (r *run) source() string { return cmp.Or(r.cfg.Load, "the small data set") }
 
 // run is the state of one run.
 type run struct {
@@ -153,8 +167,9 @@ type run struct {
 	loader  *loader
 	prober  *prober
 	writer  *synthetic
-	input   io.Reader
-	size    int64 // of the input
+	input   *input
+	order   *order
+	deletes *deletions
 	began   time.Time
 	// perSecond is how many rows all regions together applied per second, until the copies were complete.
 	perSecond float64
@@ -182,6 +197,9 @@ func (r *run) introduce() {
 	r.screen.note("try, in another terminal:")
 	r.screen.note("  %s '%s/v1/sections'", curl, w.regions["us"].url)
 	r.screen.note("  %s -X PATCH -H 'Content-Type: application/json' -d '{\"title\":\"written in ap, owned by eu\"}' '%s/v1/sections/admin?update_mask=title'", curl, w.regions["ap"].url)
+	if c := r.deletes.refusal; c != nil {
+		r.screen.note("  %s -X DELETE '%s/v1/%s?validateOnly=true'", curl, w.regions["us"].url, r.deletes.name(c.root))
+	}
 	r.screen.note("  topology: %s (edits apply at once)", w.manifests)
 }
 
@@ -194,7 +212,8 @@ func (r *run) all(ctx context.Context) error {
 	defer stop()
 	r.began = time.Now()
 	r.sampler = newSampler(r.world)
-	r.loader = &loader{world: r.world, region: r.world.regions[Regions[0]]}
+	r.loader = &loader{world: r.world, region: r.world.regions[Regions[0]], input: r.input, order: r.order}
+	r.deletes.region = r.world.regions[Regions[1]]
 	r.prober = newProber(r.world)
 	r.writer = &synthetic{world: r.world}
 	r.screen.sampler, r.screen.extra = r.sampler, r.progress
@@ -221,6 +240,11 @@ func (r *run) all(ctx context.Context) error {
 		r.perSecond = float64(after.applied-before.applied) / took.Seconds()
 		r.screen.note("all copies are there, %.1fs after the load began: %s rows applied, %s rows/s", took.Seconds(),
 			grouped(after.applied-before.applied), grouped(int64(r.perSecond)))
+		if r.cfg.ExitWhenSynced || r.cfg.Load == "" {
+			if err := r.deletes.all(limited); err != nil {
+				return r.cause(ctx, limited, err)
+			}
+		}
 	} else if r.cfg.ExitWhenSynced && ctx.Err() != nil {
 		return ErrInterrupted
 	}
@@ -292,8 +316,8 @@ func (r *run) act(ctx, writing context.Context, watching *sync.WaitGroup) error 
 }
 
 func (r *run) load(ctx context.Context) error {
-	if err := r.loader.load(ctx, r.input); err != nil {
-		return fmt.Errorf("load %s: %w", cmp.Or(r.cfg.Load, "the small data set"), err)
+	if err := r.loader.load(ctx); err != nil {
+		return fmt.Errorf("load %s: %w", r.source(), err)
 	}
 	took := time.Since(r.began)
 	r.mu.Lock()
@@ -301,6 +325,14 @@ func (r *run) load(ctx context.Context) error {
 	r.mu.Unlock()
 	rows := r.loader.rows.Load()
 	r.screen.note("loaded %s resources in %s in %.1fs, %s rows/s", grouped(rows), Regions[0], took.Seconds(), grouped(int64(float64(rows)/took.Seconds())))
+	how := "every reference after its target"
+	if n := r.order.cycles; n > 0 {
+		how += fmt.Sprintf("; %s of references, each in one of them", count(n, "circle"))
+	}
+	if n := r.order.leftOut; n > 0 {
+		how += fmt.Sprintf("; %s of larger circles added afterwards, to %s", count(n, "reference"), count(r.order.updated(), "resource"))
+	}
+	r.screen.note("  in %s, %s", count(len(r.order.writes)+len(r.order.updates), "transaction"), how)
 	return nil
 }
 
@@ -377,6 +409,7 @@ func (r *run) summarize(found *result) error {
 	p50, p99 := r.prober.percentiles()
 	s := Summary{
 		Regions: len(Regions), Owned: found.owned, Copies: found.copies, Missing: found.missing, Extra: found.extra, Different: found.different,
+		Deleted: r.deletes.deleted, RefusedBlockers: r.deletes.refused,
 		P50: milliseconds(p50), P99: milliseconds(p99), RowsPerSecond: math.Round(r.perSecond*10) / 10,
 	}
 	if r.cfg.JSON {
@@ -388,10 +421,13 @@ func (r *run) summarize(found *result) error {
 		if !found.equal() {
 			verdict = fmt.Sprintf("%s missing, %s extra, %s different", grouped(s.Missing), grouped(s.Extra), grouped(s.Different))
 		}
-		fmt.Fprintf(r.cfg.Out, "%d regions, %s owned rows, %s copies: %s. Commit to visible: median %.1f ms, 99th percentile %.1f ms. %s copies/s.\n",
-			s.Regions, grouped(s.Owned), grouped(s.Copies), verdict, s.P50, s.P99, grouped(int64(s.RowsPerSecond)))
+		fmt.Fprintf(r.cfg.Out, "%d regions, %s owned rows, %s copies: %s. %s deleted by a cascade, one deletion refused by %s. Commit to visible: median %.1f ms, 99th percentile %.1f ms. %s copies/s.\n",
+			s.Regions, grouped(s.Owned), grouped(s.Copies), verdict, count(s.Deleted, "row"), count(s.RefusedBlockers, "blocker"), s.P50, s.P99, grouped(int64(s.RowsPerSecond)))
 	}
-	if found.equal() {
+	switch {
+	case found.equal() && r.cfg.ExitWhenSynced && !r.deletes.done:
+		return fmt.Errorf("%w: nothing was deleted", errTimeout)
+	case found.equal():
 		return nil
 	}
 	return fmt.Errorf("the databases differ: %d missing, %d extra, %d different; for example: %s", s.Missing, s.Extra, s.Different, strings.Join(found.examples, "; "))
@@ -408,7 +444,8 @@ func (r *run) progress() string {
 	rows := r.loader.rows.Load()
 	if loaded == 0 {
 		took := time.Since(r.began).Seconds()
-		fmt.Fprintf(&b, "loading %d%%, %s rows, %s/s", min(100, 100*r.loader.read.Load()/max(1, r.size)), grouped(rows), grouped(int64(float64(rows)/took)))
+		updated := r.loader.updated.Load()
+		fmt.Fprintf(&b, "loading %d%%, %s rows, %s/s", 100*(rows+updated)/int64(max(1, len(r.input.nodes)+r.order.updated())), grouped(rows), grouped(int64(float64(rows+updated)/took)))
 	} else {
 		fmt.Fprintf(&b, "loaded %s rows", grouped(rows))
 	}

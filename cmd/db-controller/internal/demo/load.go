@@ -1,13 +1,12 @@
 package demo
 
 import (
-	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net/http"
 	"strings"
@@ -17,125 +16,72 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-const (
-	batchRows  = 250
-	batchBytes = 1 << 20 // a request may have 4 MiB
-	inFlight   = 2
-	maxLine    = 3 << 20
-)
+// A transaction is a request, which may have 4 MiB; a circle of references may need a large one.
+var loadLimits = limits{rows: 250, bytes: 1 << 20, cycleRows: 1000, cycleBytes: maxLine, inFlight: 2}
 
-// loader writes a stream of resources through a region's API server: many in one transaction, several transactions in flight. A transaction has
-// one policy holder, and policy holders are written before what they govern.
+// loader writes the input through a region's API server: many resources in one transaction, several transactions in flight.
 type loader struct {
 	world  *world
 	region *region
+	input  *input
+	order  *order
 
-	rows atomic.Int64 // written
-	read atomic.Int64 // bytes of the input
+	rows    atomic.Int64 // written
+	updated atomic.Int64 // written again
 }
 
-// batch is a number of lines for one transaction.
-type batch struct {
-	lines       [][]byte
-	bytes       int
-	first, last int // line numbers
-}
-
-// load writes all resources of in, one JSON object per line.
-func (l *loader) load(ctx context.Context, in io.Reader) error {
-	writes, wctx := errgroup.WithContext(ctx)
-	writes.SetLimit(inFlight)
-	open := map[string]*batch{} // by policy holder
-	send := func(holder string) {
-		b := open[holder]
-		delete(open, holder)
-		ctx := wctx // the next barrier replaces it
-		writes.Go(func() error { return l.write(ctx, b) })
-	}
-	barrier := func() error {
-		for holder := range open {
-			send(holder)
-		}
-		err := writes.Wait()
-		writes, wctx = errgroup.WithContext(ctx)
-		writes.SetLimit(inFlight)
+// load writes the whole input in the planned order.
+func (l *loader) load(ctx context.Context) error {
+	if err := l.run(ctx, l.order.writes, &l.rows); err != nil {
 		return err
 	}
-
-	schema := l.world.schema()
-	lines := bufio.NewScanner(in)
-	lines.Buffer(make([]byte, 64<<10), maxLine)
-	var holders []holder // written since the last barrier
-	for number := 1; lines.Scan() && wctx.Err() == nil; number++ {
-		line := bytes.Clone(bytes.TrimSpace(lines.Bytes()))
-		l.read.Add(int64(len(lines.Bytes()) + 1))
-		if len(line) == 0 {
-			continue
-		}
-		var head struct {
-			Name string `json:"name"`
-		}
-		if err := json.Unmarshal(line, &head); err != nil {
-			return errors.Join(fmt.Errorf("line %d: is not a JSON object: %w", number, err), writes.Wait())
-		}
-		name, err := schema.ParseName(head.Name)
-		if err != nil {
-			return errors.Join(fmt.Errorf("line %d: name: %w", number, err), writes.Wait())
-		}
-		if isHolder := name.Type.IsPolicyHolder(); isHolder != (len(holders) > 0) {
-			if err := barrier(); err != nil {
-				return err
-			}
-			if err := l.waitFor(ctx, holders); err != nil {
-				return err
-			}
-			holders = nil
-		}
-		if name.Type.IsPolicyHolder() {
-			policy, _ := name.Type.PolicyOf(line) // its faults are the server's to report
-			h := holder{name: head.Name}
-			if policy != nil {
-				h.region = policy.DefaultControlRegion()
-			}
-			holders = append(holders, h)
-		}
-		key := name.HolderName()
-		b := open[key]
-		if b == nil {
-			b = &batch{first: number}
-			open[key] = b
-		}
-		b.lines, b.bytes, b.last = append(b.lines, line), b.bytes+len(line), number
-		if len(b.lines) == batchRows || b.bytes > batchBytes {
-			send(key)
-		}
-	}
-	if err := lines.Err(); err != nil {
-		return errors.Join(fmt.Errorf("read: %w (a line may have %d bytes)", err, maxLine), barrier())
-	}
-	return barrier()
+	return l.run(ctx, l.order.updates, &l.updated)
 }
 
-// holder is a policy holder and the region that its policy puts in control.
-type holder struct{ name, region string }
+// run makes transactions. Each one is sent when those that it needs are committed and, so that the order keeps its sense, those before it are sent.
+func (l *loader) run(ctx context.Context, steps []step, count *atomic.Int64) error {
+	writes, ctx := errgroup.WithContext(ctx)
+	writes.SetLimit(loadLimits.inFlight)
+	committed := make([]chan struct{}, len(steps))
+	for i, s := range steps {
+		for _, need := range s.needs {
+			select {
+			case <-committed[need]:
+			case <-ctx.Done():
+				return cmp.Or(writes.Wait(), ctx.Err())
+			}
+		}
+		committed[i] = make(chan struct{})
+		writes.Go(func() error {
+			defer close(committed[i])
+			if err := l.write(ctx, s); err != nil {
+				return err
+			}
+			count.Add(int64(len(s.rows)))
+			return l.waitFor(ctx, s)
+		})
+	}
+	return writes.Wait()
+}
 
-// waitFor returns when the regions that control what the holders govern know them: before, they would refuse what is forwarded to them.
-func (l *loader) waitFor(ctx context.Context, holders []holder) error {
+// waitFor returns when the regions that are in control of what the policy holders of a step govern know them: before, they would refuse what is forwarded
+// to them.
+func (l *loader) waitFor(ctx context.Context, s step) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	for _, h := range holders {
-		r := l.world.regions[h.region]
+	for _, n := range s.rows {
+		name, r := l.input.nodes[n].name, l.world.regions[l.input.nodes[n].controls]
 		if r == nil || r == l.region {
 			continue
 		}
 		for {
-			_, err := r.version(ctx, h.name)
+			_, err := r.version(ctx, name)
 			if err == nil {
 				break
 			}
 			select {
 			case <-ctx.Done():
-				return fmt.Errorf("wait for the copy of %s in %s: %w", h.name, h.region, err)
+				return fmt.Errorf("wait for the copy of %s in %s: %w", name, r.name, err)
 			case <-time.After(20 * time.Millisecond):
 			}
 		}
@@ -143,24 +89,27 @@ func (l *loader) waitFor(ctx context.Context, holders []holder) error {
 	return nil
 }
 
-// write applies one batch. It may be repeated: it makes the resources what the lines say, whatever they were.
-func (l *loader) write(ctx context.Context, b *batch) error {
-	body := make([]byte, 0, b.bytes+64*len(b.lines))
-	body = append(body, `{"writes":[`...)
-	for i, line := range b.lines {
+// write makes one transaction. It may be repeated: it makes the resources what the lines say, whatever they were.
+func (l *loader) write(ctx context.Context, s step) error {
+	body := []byte(`{"writes":[`)
+	for i, n := range s.rows {
 		if i > 0 {
 			body = append(body, ',')
+		}
+		line, err := l.input.line(n, s.without[n])
+		if err != nil {
+			return err
 		}
 		body = append(append(append(body, `{"update":{"allowMissing":true,"resource":`...), line...), "}}"...)
 	}
 	body = append(body, "]}"...)
-	if err := retry(ctx, func() error {
+	err := retry(ctx, func() error {
 		_, err := l.region.call(ctx, http.MethodPost, ":batchWrite", body)
 		return err
-	}); err != nil {
-		return fmt.Errorf("write lines %d to %d: %w", b.first, b.last, err)
+	})
+	if err != nil {
+		return l.input.about(s.rows, err)
 	}
-	l.rows.Add(int64(len(b.lines)))
 	return nil
 }
 
@@ -220,6 +169,19 @@ var builtIn = []struct {
 
 const builtInPackages = 25 // per section
 
+// builtInSources are two sources with packages in several regions. One cannot be deleted, because the dashboard depends on it; the other can, and the
+// dashboard and a package of another region then recommend it no longer.
+var builtInSources = []string{
+	`{"name":"sections/admin/packages/dashboard","version":"1","depends":["sections/libs/packages/engine"],"recommends":["sections/libs/packages/puzzle-solver"]}`,
+	`{"name":"sections/web/packages/portal","version":"1","suggests":["sections/libs/packages/puzzle-solver"]}`,
+	`{"name":"sections/libs/packages/engine","version":"1","source":"sources/engine","recommends":["sections/games/packages/engine-data"]}`,
+	`{"name":"sections/games/packages/engine-data","version":"1","source":"sources/engine"}`,
+	`{"name":"sections/libs/packages/puzzle-solver","version":"1","source":"sources/puzzle"}`,
+	`{"name":"sections/games/packages/puzzle","version":"1","source":"sources/puzzle"}`,
+	`{"name":"sources/engine","title":"engine"}`,
+	`{"name":"sources/puzzle","title":"puzzle"}`,
+}
+
 // builtInData returns the data set as lines.
 func builtInData() []byte {
 	var out bytes.Buffer
@@ -231,6 +193,9 @@ func builtInData() []byte {
 		for i := range builtInPackages {
 			fmt.Fprintf(&out, `{"name":"sections/%s/packages/p%02d","version":"1"}`+"\n", s.section, i)
 		}
+	}
+	for _, line := range builtInSources {
+		fmt.Fprintln(&out, line)
 	}
 	return out.Bytes()
 }

@@ -28,7 +28,6 @@ import (
 	"github.com/dbcontroller/db-controller/cmd/db-controller/internal/fleet"
 	"github.com/dbcontroller/db-controller/config/samples"
 	"github.com/dbcontroller/db-controller/deployment"
-	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/internal/netsim"
 	"github.com/dbcontroller/db-controller/internal/pgserver"
 	"github.com/dbcontroller/db-controller/internal/pki"
@@ -434,25 +433,17 @@ func (r *region) call(ctx context.Context, method, path string, body []byte) ([]
 	}
 	if res.StatusCode != http.StatusOK {
 		retry := res.StatusCode == http.StatusServiceUnavailable || res.StatusCode == http.StatusGatewayTimeout || res.StatusCode == http.StatusConflict
-		return nil, &callError{err: fmt.Errorf("%s: %s", res.Status, messageOf(answer)), retry: retry}
+		return nil, &callError{err: fmt.Errorf("%s: %s", res.Status, messageOf(answer)), status: res.StatusCode, retry: retry}
 	}
 	return answer, nil
 }
 
-// callError is the failure of a call; retry says that the same call may succeed later.
+// callError is the failure of a call. status is 0 if there was no answer; retry says that the same call may succeed later.
 type callError struct {
-	err   error
-	retry bool
+	err    error
+	status int
+	retry  bool
 }
 
 func (e *callError) Error() string { return e.err.Error() }
 func (e *callError) Unwrap() error { return e.err }
-
-// schema is the version of the service that the regions serve.
-func (w *world) schema() *descriptor.Version {
-	s, ok := w.registry.View().Service(service)
-	if !ok {
-		return new(descriptor.Version)
-	}
-	return s.Version(apiVersion)
-}
