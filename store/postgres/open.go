@@ -93,6 +93,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	// the whole table, says so (scan).
 	pc.ConnConfig.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
 	pc.ConnConfig.RuntimeParams["enable_seqscan"] = "off"
+	pc.ConnConfig.RuntimeParams["enable_memoize"] = "off" // names are looked up once each
 	pc.ConnConfig.RuntimeParams["idle_in_transaction_session_timeout"] = "60s"
 	pc.ConnConfig.RuntimeParams["lock_timeout"] = "10s"
 	pc.ConnConfig.ConnectTimeout = 5 * time.Second

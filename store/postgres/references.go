@@ -51,7 +51,7 @@ func referencesOf(writes []store.Write) *references {
 			r.told = append(r.told, c.Tell)
 			r.plannedIn = c.Epoch
 			var id *string
-			if c.UUID != "" {
+			if c.UUID != "" && (!cascades(w) || w.IfVersion == (store.Version{})) { // a version that is compared is of one incarnation
 				id = &c.UUID
 			}
 			r.planned = append(r.planned, id)

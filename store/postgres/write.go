@@ -257,10 +257,10 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 // happens either where the other writes have been refused.
 const cascadeSQL = `
 WITH gone AS (
-	UPDATE resources t SET epoch = greatest(t.epoch, f.epoch), resource_version = t.resource_version + 1, change = pg_current_xact_id(), state = CASE WHEN c.async THEN 1 ELSE 2 END,
+	UPDATE resources t SET epoch = greatest(t.epoch, (SELECT epoch FROM ctl.feed_epoch)), resource_version = t.resource_version + 1, change = pg_current_xact_id(), state = CASE WHEN c.async THEN 1 ELSE 2 END,
 		update_time = now(), delete_time = now(), meta = CASE WHEN c.async THEN t.meta ELSE '{}' END, body = CASE WHEN c.async THEN t.body END,
 		shadow = 0, tasks = 0, task_time = NULL, shadow_change = NULL
-	FROM unnest((SELECT $2::text[]), (SELECT $3::bool[]), (SELECT $4::bigint[]), (SELECT $5::bigint[])) AS c (name, async, epoch, number), ctl.feed_epoch f
+	FROM unnest((SELECT $2::text[]), (SELECT $3::bool[]), (SELECT $4::bigint[]), (SELECT $5::bigint[])) AS c (name, async, epoch, number)
 	WHERE t.name = c.name AND t.state = 0 AND (c.number = 0 OR (t.epoch, t.resource_version) = (c.epoch, c.number)) AND NOT t.block_deletion
 		AND t.owning_region = (SELECT region FROM ctl.deployment_state)
 		AND EXISTS (SELECT FROM resources w WHERE w.name = ANY ($1) AND w.change = pg_current_xact_id_if_assigned())

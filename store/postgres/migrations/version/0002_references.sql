@@ -81,6 +81,8 @@ DECLARE
     bad record;
     d_written text[];
     d_waiting text[];  -- those that stay readable
+    d_left text[];     -- those that something here still refers to
+    d_sources boolean; -- whether other Deployments refer to anything at all
     added int[];  -- places in r_* of the references that are new; NULL: all
 BEGIN
     -- Only rows that this transaction has written: the others were refused, or would not change, and are not locked.
@@ -153,24 +155,32 @@ BEGIN
         -- The parent of a resource that stays readable waits for it.
         d_waiting := ARRAY(SELECT n FROM unnest(d_name, d_async) AS d (n, a) WHERE a);
         DELETE FROM refs WHERE referrer = ANY (d_written) AND NOT (kind = 1 AND referrer = ANY (d_waiting));
-        SELECT r.referrer, n INTO bad FROM unnest(d_written) AS n, LATERAL (SELECT referrer FROM refs WHERE target = n AND location = '' AND behavior IN (1, 2, 3) OFFSET 0) r,
+        d_left := ARRAY(SELECT n FROM unnest(d_written) AS n, LATERAL (SELECT FROM refs WHERE target = n AND location = '' LIMIT 1) r);
+        SELECT r.referrer, n INTO bad FROM unnest(d_left) AS n, LATERAL (SELECT referrer FROM refs WHERE target = n AND location = '' AND behavior IN (1, 2, 3) OFFSET 0) r,
             LATERAL (SELECT state FROM resources WHERE name = r.referrer OFFSET 0) t WHERE t.state = 0 LIMIT 1;
         IF FOUND THEN
             RAISE EXCEPTION '% refers to %', bad.referrer, bad.n USING ERRCODE = 'DB001';
         END IF;
-        SELECT n INTO bad FROM unnest(d_written) AS n, LATERAL (SELECT expires_at FROM blockades WHERE name = n OFFSET 0) b WHERE b.expires_at > now() LIMIT 1;
-        IF FOUND THEN
-            RAISE EXCEPTION '% has a tentative blockade', bad.n USING ERRCODE = 'DB001';
+        IF EXISTS (SELECT FROM blockades) THEN -- seldom are there any
+            SELECT n INTO bad FROM unnest(d_written) AS n, LATERAL (SELECT expires_at FROM blockades WHERE name = n OFFSET 0) b WHERE b.expires_at > now() LIMIT 1;
+            IF FOUND THEN
+                RAISE EXCEPTION '% has a tentative blockade', bad.n USING ERRCODE = 'DB001';
+            END IF;
+            DELETE FROM blockades WHERE name = ANY (d_written);
         END IF;
-        SELECT n INTO bad FROM unnest(d_name, d_asked) AS d (n, asked), LATERAL (SELECT location, blocking FROM sources WHERE name = n OFFSET 0) s
-            WHERE s.blocking AND s.location <> ALL (d.asked::text[]) LIMIT 1;
-        IF FOUND THEN
-            RAISE EXCEPTION '% has a source that was not asked', bad.n USING ERRCODE = 'DB001';
+        d_sources := EXISTS (SELECT FROM sources);
+        IF d_sources THEN
+            SELECT n INTO bad FROM unnest(d_name, d_asked) AS d (n, asked), LATERAL (SELECT location, blocking FROM sources WHERE name = n OFFSET 0) s
+                WHERE s.blocking AND s.location <> ALL (d.asked::text[]) LIMIT 1;
+            IF FOUND THEN
+                RAISE EXCEPTION '% has a source that was not asked', bad.n USING ERRCODE = 'DB001';
+            END IF;
         END IF;
         IF d_epoch <> 0 AND d_epoch <> (SELECT epoch FROM ctl.feed_epoch) THEN
             RAISE EXCEPTION 'the deletion was planned in another history of this database' USING ERRCODE = 'DB001';
         END IF;
-        SELECT n INTO bad FROM unnest(d_name, d_uuid, d_attempt) AS d (n, u, a), LATERAL (SELECT uuid, row_version FROM resources WHERE name = n OFFSET 0) t
+        SELECT n INTO bad FROM (SELECT * FROM unnest(d_name, d_uuid, d_attempt) AS d (n, u, a) WHERE a <> 0 OR u IS NOT NULL OFFSET 0) d,
+            LATERAL (SELECT uuid, row_version FROM resources WHERE name = n OFFSET 0) t
             WHERE d.a <> 0 AND t.row_version <> d.a OR d.u IS NOT NULL AND d.u <> t.uuid LIMIT 1;
         IF FOUND THEN
             RAISE EXCEPTION 'the attempt to delete % was overtaken', bad.n USING ERRCODE = 'DB001';
@@ -178,12 +188,15 @@ BEGIN
         -- Who is left must be told: then the shadow stays, and with it the name.
         UPDATE resources SET shadow = 2, shadow_change = pg_current_xact_id(), task_time = now()
         WHERE ctid = ANY (ARRAY(
-            SELECT t.id FROM unnest(d_name, d_async, d_told) AS d (n, async, told), LATERAL (SELECT ctid AS id, change, state FROM resources WHERE name = n OFFSET 0) t
-            WHERE t.change = pg_current_xact_id() AND t.state <> 0 AND (d.async OR d.told
-                OR EXISTS (SELECT FROM sources s WHERE s.name = d.n AND (s.subscriber OR s.ownee))
-                OR EXISTS (SELECT FROM refs r WHERE r.target = d.n AND r.location = '' AND r.kind <> 2 AND r.behavior <> 6))));
-        DELETE FROM sources WHERE name = ANY (d_written) AND NOT EXISTS (SELECT FROM resources t WHERE t.name = sources.name AND t.shadow = 2);
-        DELETE FROM blockades WHERE name = ANY (d_written);
+            SELECT t.id FROM (
+                SELECT n FROM unnest(d_name, d_async, d_told) AS d (n, a, told) WHERE a OR told
+                UNION SELECT n FROM unnest(d_left) AS n, LATERAL (SELECT FROM refs WHERE target = n AND location = '' AND kind <> 2 AND behavior <> 6 LIMIT 1) r
+                UNION SELECT n FROM unnest(CASE WHEN d_sources THEN d_written END) AS n, LATERAL (SELECT FROM sources WHERE name = n AND (subscriber OR ownee) LIMIT 1) s
+            ) AS n, LATERAL (SELECT ctid AS id, change, state FROM resources WHERE name = n.n OFFSET 0) t
+            WHERE t.change = pg_current_xact_id() AND t.state <> 0));
+        IF d_sources THEN
+            DELETE FROM sources WHERE name = ANY (d_written) AND NOT EXISTS (SELECT FROM resources t WHERE t.name = sources.name AND t.shadow = 2);
+        END IF;
     END IF;
 END $$;
 
