@@ -49,6 +49,7 @@ var benches = []bench{
 	{"save", "creations/s without references, against inserts without and with a foreign key, at 1, 8 and 32 connections", save},
 	{"save-references", "creations/s with three local references, against three foreign keys", saveReferences},
 	{"cascade", "rows/s of deleting a resource with its children (100,000), against ON DELETE CASCADE", cascade},
+	{"cascade-async", "heap while the children (1,000,000) of a deleted resource follow it, against a tenth of them", cascadeAsync},
 	{"save-remote", "creation that refers to a region 80 ms away, against one round trip by hand", saveRemote},
 	{"feed-read", "CPU for reading a changed row (300,000), against logical decoding", feedRead},
 	{"memory", "resident memory at 100,000 and at 2,000,000 resources", memory},
