@@ -136,7 +136,7 @@ func expect(t *testing.T, s *story, want ...string) {
 	}
 }
 
-func TestNothingRunsBeforeTheTopologyIsKnown(t *testing.T) {
+func TestNothingRunsBeforeTheTopologyIsKnown(t *testing.T) { // F57, I39
 	synctest.Test(t, func(t *testing.T) {
 		m, s, synced := setUp(t)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -153,7 +153,7 @@ func TestNothingRunsBeforeTheTopologyIsKnown(t *testing.T) {
 	})
 }
 
-func TestReplacedAsAWhole(t *testing.T) {
+func TestReplacedAsAWhole(t *testing.T) { // F60, I43
 	synctest.Test(t, func(t *testing.T) {
 		m, s, synced := setUp(t)
 		close(synced)
