@@ -93,12 +93,14 @@ type Selection struct {
 	Type string
 	// Prefix of the names; empty is every name.
 	Prefix string
+	// Shards of the names; the zero Range is every shard.
+	Shards Range
 }
 
 // ReadResources delivers what became visible after c: owned rows and read copies. A tombstone has state Gone and no content.
 func (f *Feed) ReadResources(ctx context.Context, c Cursor, sel Selection, emit func(*store.Resource) error) (Read, error) {
-	const where = ` AND ($1 = '' OR type = $1) AND ($5 = '' OR starts_with(name, $5))`
-	return f.read(ctx, changes, c, row.ResourceColumns, resources, where, []any{sel.Type, sel.Prefix}, func(rows pgx.Rows) error {
+	const where = ` AND ($1 = '' OR type = $1) AND ($5 = '' OR starts_with(name, $5)) AND ($7 = 0 OR shard >= $6 AND shard < $7)`
+	return f.read(ctx, changes, c, row.ResourceColumns, resources, where, []any{sel.Type, sel.Prefix, sel.Shards.From, sel.Shards.To}, func(rows pgx.Rows) error {
 		var change string
 		r, err := row.ScanResource(rows, &change)
 		if err != nil {
