@@ -167,6 +167,9 @@ func (c *compiler) declare(v *Version, spec *v1alpha1.ResourceType, at *field.Pa
 	if spec.PolicyHolder != nil {
 		c.holder(t, spec.PolicyHolder.Field, at.Child("policyHolder", "field"))
 	}
+	if spec.Search != nil {
+		t.Search = c.search(t, spec.Search, at.Child("search"))
+	}
 	if len(spec.Patterns) == 0 {
 		c.faults = append(c.faults, field.Required(at.Child("patterns"), "give the form of the names, as in sections/{section}/packages/{package}"))
 	}

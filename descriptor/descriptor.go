@@ -9,6 +9,7 @@
 //	pattern.go  the syntax of name patterns and of ids
 //	name.go     names and collections: parse, match, build; the shard of a name
 //	policy.go   MultiRegionPolicy and sync types: who owns, who reads
+//	search.go   what of a body is searched
 //	body.go     bodies: limits, JSON, schema, references, policies
 package descriptor
 
@@ -82,6 +83,8 @@ type Type struct {
 	OptOutConstraints bool
 	// MaxBodyBytes is the largest body, in bytes of JSON; never zero.
 	MaxBodyBytes int
+	// Search says what of a resource is searched; nil for a type that is not.
+	Search *Search
 
 	version  *Version
 	patterns []*pattern // parallel to Patterns

@@ -63,6 +63,13 @@ func NewPolicy(p *v1alpha1.MultiRegionPolicy, at *field.Path) (*Policy, field.Er
 // EnabledRegions returns the enabled regions, sorted. Do not change it.
 func (p *Policy) EnabledRegions() []string { return p.enabled }
 
+// Spec returns the policy as it is written, with its regions sorted.
+func (p *Policy) Spec() *v1alpha1.MultiRegionPolicy {
+	return &v1alpha1.MultiRegionPolicy{
+		EnabledRegions: slices.Clone(p.enabled), DefaultControlRegion: p.control, CriteriaForDisabledSync: slices.Clone(p.rules),
+	}
+}
+
 // DefaultControlRegion owns the resources that have no region in their name.
 func (p *Policy) DefaultControlRegion() string { return p.control }
 

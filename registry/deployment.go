@@ -60,6 +60,12 @@ type Deployment struct {
 	TLS SecretRef
 	// Database is the secret entry with the connection string; only the Deployment's own region needs it.
 	Database SecretRef
+	// Cache is the secret entry with the URL of the cache's Redis, without a name there is none; CacheLists are the types whose pages of List are cached.
+	Cache      SecretRef
+	CacheLists []string
+	// Search is the secret entry with the connection string of the search store, SearchType what that is; without a name there is none.
+	Search     SecretRef
+	SearchType v1alpha1.SearchStoreType
 	// LagObjective is the freshness that the read copies should have; 0 when none is declared.
 	LagObjective time.Duration
 }
@@ -101,6 +107,14 @@ func DeploymentOf(o *v1alpha1.Deployment) Deployment {
 	if db := o.Spec.Database; db != nil {
 		d.Database = SecretRef{Namespace: o.Namespace, Name: db.SecretRef.Name, Key: cmp.Or(db.SecretRef.Key, v1alpha1.DefaultDSNKey)}
 	}
+	if c := o.Spec.Cache; c != nil {
+		d.Cache = SecretRef{Namespace: o.Namespace, Name: c.SecretRef.Name, Key: cmp.Or(c.SecretRef.Key, v1alpha1.DefaultDSNKey)}
+		d.CacheLists = slices.Clone(c.Lists)
+	}
+	if s := o.Spec.Search; s != nil {
+		d.Search = SecretRef{Namespace: o.Namespace, Name: s.SecretRef.Name, Key: cmp.Or(s.SecretRef.Key, v1alpha1.DefaultDSNKey)}
+		d.SearchType = cmp.Or(s.Type, v1alpha1.SearchPostgres)
+	}
 	if o.Spec.LagObjective != nil {
 		d.LagObjective = o.Spec.LagObjective.Duration
 	}
@@ -110,5 +124,7 @@ func DeploymentOf(o *v1alpha1.Deployment) Deployment {
 func (d Deployment) equal(o Deployment) bool {
 	return d.Key == o.Key && d.Namespace == o.Namespace && d.Name == o.Name && d.Endpoint == o.Endpoint && d.Version == o.Version &&
 		d.Ring == o.Ring && d.Disabled == o.Disabled && d.Suspended == o.Suspended && slices.Equal(d.SuspendScopes, o.SuspendScopes) &&
-		d.TrustDomain == o.TrustDomain && d.TLS == o.TLS && d.Database == o.Database && d.LagObjective == o.LagObjective
+		d.TrustDomain == o.TrustDomain && d.TLS == o.TLS && d.Database == o.Database &&
+		d.Cache == o.Cache && slices.Equal(d.CacheLists, o.CacheLists) &&
+		d.Search == o.Search && d.SearchType == o.SearchType && d.LagObjective == o.LagObjective
 }

@@ -49,6 +49,14 @@ type DeploymentSpec struct {
 	// +optional
 	Database *DatabaseSpec `json:"database,omitempty"`
 
+	// Search is the search store of this Deployment. It follows the database, owned resources and read copies alike. Without it there is no search.
+	// +optional
+	Search *SearchSpec `json:"search,omitempty"`
+
+	// Cache is a Redis that answers reads in place of the database, where that is right. Without it there is no cache.
+	// +optional
+	Cache *CacheSpec `json:"cache,omitempty"`
+
 	// TLS is the identity of this Deployment and the authorities that it trusts. Without it the API server listens on loopback only.
 	// +optional
 	TLS *TLSSpec `json:"tls,omitempty"`
@@ -90,6 +98,43 @@ type DeploymentSpec struct {
 type DatabaseSpec struct {
 	// SecretRef names the Secret with the connection string (libpq keywords or URL).
 	SecretRef SecretKeyRef `json:"secretRef"`
+}
+
+// SearchStoreType is a kind of search stores.
+type SearchStoreType string
+
+// The search stores.
+const (
+	// SearchPostgres is PostgreSQL full text, in a database of its own.
+	SearchPostgres SearchStoreType = "Postgres"
+	// SearchRedis is Redis, with exact-match, prefix and range indexes. Full text needs the Query Engine of Redis 8, or RediSearch 2.
+	SearchRedis SearchStoreType = "Redis"
+)
+
+// SearchSpec says how to reach a search store.
+type SearchSpec struct {
+	// Type of the store.
+	// +optional
+	// +kubebuilder:default=Postgres
+	// +kubebuilder:validation:Enum=Postgres;Redis
+	Type SearchStoreType `json:"type,omitempty"`
+
+	// SecretRef names the Secret with the connection string: libpq keywords or URL, or redis://host:6379/0 (rediss:// with TLS).
+	SecretRef SecretKeyRef `json:"secretRef"`
+}
+
+// CacheSpec says how to reach a Redis server, and what is cached there.
+type CacheSpec struct {
+	// SecretRef names the Secret with the URL of the server: redis://user:password@host:6379/0, or rediss:// with TLS. It must be a single server, or an
+	// address that follows the primary; what it holds may be lost at any time.
+	SecretRef SecretKeyRef `json:"secretRef"`
+
+	// Lists are the types whose pages of List are cached too, for example Package: good for those that are listed much more often than they change.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MaxLength=63
+	Lists []string `json:"lists,omitempty"`
 }
 
 // SecretKeyRef names one key of a Secret in the namespace of the object.

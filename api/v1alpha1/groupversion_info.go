@@ -27,7 +27,7 @@ var (
 )
 
 func addKnownTypes(scheme *runtime.Scheme) error {
-	scheme.AddKnownTypes(GroupVersion, &Deployment{}, &DeploymentList{}, &ServiceDescriptor{}, &ServiceDescriptorList{})
+	scheme.AddKnownTypes(GroupVersion, &Deployment{}, &DeploymentList{}, &ServiceDescriptor{}, &ServiceDescriptorList{}, &Verification{}, &VerificationList{})
 	metav1.AddToGroupVersion(scheme, GroupVersion)
 	return nil
 }

@@ -199,6 +199,10 @@ type ResourceType struct {
 	// +optional
 	OptOuts OptOuts `json:"optOuts,omitempty"`
 
+	// Search makes the resources of the type searchable in each region whose Deployment has a search store.
+	// +optional
+	Search *ResourceSearch `json:"search,omitempty"`
+
 	// MaxBodyBytes is the largest body of a resource of this type, in bytes of JSON.
 	// +optional
 	// +kubebuilder:default=262144
@@ -236,6 +240,66 @@ type PolicyHolder struct {
 	// +kubebuilder:validation:MaxLength=253
 	// +kubebuilder:validation:Pattern=`^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$`
 	Field string `json:"field"`
+}
+
+// ResourceSearch says what of a resource is searched. Edits apply live: what is stored is searched anew by them.
+type ResourceSearch struct {
+	// Fields are what full text looks into.
+	// +optional
+	// +listType=map
+	// +listMapKey=path
+	// +kubebuilder:validation:MaxItems=16
+	Fields []SearchField `json:"fields,omitempty"`
+
+	// Filters are the fields by which a search can be filtered, besides the name.
+	// +optional
+	// +listType=map
+	// +listMapKey=path
+	// +kubebuilder:validation:MaxItems=16
+	Filters []SearchFilter `json:"filters,omitempty"`
+
+	// Facets are those of the filters whose values a search can count.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=8
+	// +kubebuilder:validation:items:MaxLength=253
+	Facets []string `json:"facets,omitempty"`
+}
+
+// SearchField is a text that is searched.
+type SearchField struct {
+	// Path in the body: description, spec.title, and with [] after a list: tags[], links[].title. The path name stands for the last id of the resource's name.
+	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:Pattern=`^[A-Za-z_][A-Za-z0-9_]*(\[\])?(\.[A-Za-z_][A-Za-z0-9_]*(\[\])?)*$`
+	Path string `json:"path"`
+
+	// Weight of the field for the order of the hits, from A, the heaviest, to D.
+	// +optional
+	// +kubebuilder:default=D
+	// +kubebuilder:validation:Enum=A;B;C;D
+	Weight string `json:"weight,omitempty"`
+}
+
+// SearchFilterType is the type of the values of a filter.
+type SearchFilterType string
+
+// The types of filters. A value of another type is taken for missing.
+const (
+	SearchString  SearchFilterType = "String"
+	SearchNumber  SearchFilterType = "Number"
+	SearchBoolean SearchFilterType = "Boolean"
+)
+
+// SearchFilter is a field by which a search can be filtered.
+type SearchFilter struct {
+	// Path in the body: architecture, spec.size; [] at its end is a list of values: tags[].
+	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:Pattern=`^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*(\[\])?$`
+	Path string `json:"path"`
+
+	// Type of the values.
+	// +kubebuilder:validation:Enum=String;Number;Boolean
+	Type SearchFilterType `json:"type"`
 }
 
 // OptOuts leave a type out of parts of the engine.
