@@ -32,20 +32,28 @@ const (
 
 // rules is the authorization table. A method that is not in it may be called by nobody.
 var rules = map[string]rule{
-	rpc.ResourcesGetProcedure:        users,
-	rpc.ResourcesBatchGetProcedure:   users,
-	rpc.ResourcesListProcedure:       users,
-	rpc.ResourcesWatchProcedure:      users,
-	rpc.ResourcesCreateProcedure:     writers,
-	rpc.ResourcesUpdateProcedure:     writers,
-	rpc.ResourcesDeleteProcedure:     writers,
-	rpc.ResourcesBatchWriteProcedure: writers,
-	rpc.ResourcesExplainProcedure:    writers,
-	rpc.FeedPingProcedure:            deployments,
-	rpc.FeedTailProcedure:            deployments,
-	rpc.FeedDigestProcedure:          deployments,
-	rpc.FeedVersionsProcedure:        deployments,
-	rpc.FeedFetchProcedure:           deployments,
+	rpc.ResourcesGetProcedure:           users,
+	rpc.ResourcesBatchGetProcedure:      users,
+	rpc.ResourcesListProcedure:          users,
+	rpc.ResourcesWatchProcedure:         users,
+	rpc.ResourcesSearchProcedure:        users,
+	rpc.ResourcesCreateProcedure:        writers,
+	rpc.ResourcesUpdateProcedure:        writers,
+	rpc.ResourcesDeleteProcedure:        writers,
+	rpc.ResourcesBatchWriteProcedure:    writers,
+	rpc.ResourcesExplainProcedure:       writers,
+	rpc.ResourcesPreviewPolicyProcedure: users,
+	rpc.FeedPingProcedure:               deployments,
+	rpc.FeedTailProcedure:               deployments,
+	rpc.FeedDigestProcedure:             deployments,
+	rpc.FeedVersionsProcedure:           deployments,
+	rpc.FeedFetchProcedure:              deployments,
+	rpc.FeedRangesProcedure:             deployments,
+	rpc.FeedHashesProcedure:             deployments,
+
+	rpc.VerificationVerifyProcedure:       users,
+	rpc.VerificationListVerifiedProcedure: users,
+	rpc.VerificationResidencyProcedure:    users,
 
 	rpc.SchemaMixinEstablishReferencesProcedure:                  anyDeployment,
 	rpc.SchemaMixinConfirmBlockadesProcedure:                     anyDeployment,
@@ -57,6 +65,7 @@ var rules = map[string]rule{
 	rpc.SchemaMixinRemoveMetaOwnerReferenceProcedure:             anyDeployment,
 	rpc.SchemaMixinListMetaOwneesProcedure:                       anyDeployment,
 	rpc.SchemaMixinWatchImportedServiceDeletionsProcedure:        anyDeployment,
+	rpc.SchemaMixinMeasureHoldingsProcedure:                      deployments,
 	rpc.SchemaMixinPlanDeletionProcedure:                         anyDeployment,
 	rpc.ResourceShadowsGetResourceShadowProcedure:                users,
 	rpc.ResourceShadowsListResourceShadowsProcedure:              users,
@@ -69,6 +78,8 @@ type request struct {
 	caller pki.Identity
 	// forwardedBy is the region that forwarded the call, empty when it comes from a user.
 	forwardedBy string
+	// minVersion is what the caller has seen, an etag.
+	minVersion string
 	// connection sets deadlines of the connection or stream below the call.
 	connection *http.ResponseController
 }
@@ -85,7 +96,7 @@ func (s *Server) admit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.calls.Add(1)
 		defer s.calls.Done()
-		req := request{forwardedBy: r.Header.Get(dbcontrollerv1.ForwardedByHeader), connection: http.NewResponseController(w)}
+		req := request{forwardedBy: r.Header.Get(dbcontrollerv1.ForwardedByHeader), minVersion: r.Header.Get(dbcontrollerv1.MinVersionHeader), connection: http.NewResponseController(w)}
 		if s.cfg.TLS != nil {
 			id, err := pki.FromCertificate(r.TLS.PeerCertificates[0])
 			if err != nil { // the handshake has refused such a certificate
@@ -156,6 +167,9 @@ func (s *Server) call(ctx context.Context, procedure string, stream bool, next f
 		s.metrics.observe(procedure, stream, err, time.Since(start))
 	}()
 	if err := s.authorize(ctx, procedure); err != nil {
+		return err
+	}
+	if ctx, err = freshness(ctx, procedure); err != nil {
 		return err
 	}
 	if !stream {

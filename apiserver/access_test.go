@@ -38,13 +38,14 @@ var _ = Describe("Access", Ordered, func() {
 	user, forwarder, peer := []string{"user"}, []string{"user", "peer that forwards"}, []string{"peer", "peer that forwards", "peer that forwards as another"}
 	anyPeer := append([]string{"Deployment of another service"}, peer...)
 	allowed := map[string][]string{
-		"Resources/Get": user, "Resources/BatchGet": user, "Resources/List": user, "Resources/Watch": user,
+		"Resources/Get": user, "Resources/BatchGet": user, "Resources/List": user, "Resources/Watch": user, "Resources/Search": user, "Resources/PreviewPolicy": user,
 		"Resources/Create": forwarder, "Resources/Update": forwarder, "Resources/Delete": forwarder, "Resources/BatchWrite": forwarder, "Resources/Explain": forwarder,
-		"Feed/Ping": peer, "Feed/Tail": peer, "Feed/Digest": peer, "Feed/Versions": peer, "Feed/Fetch": peer,
+		"Feed/Ping": peer, "Feed/Tail": peer, "Feed/Digest": peer, "Feed/Versions": peer, "Feed/Fetch": peer, "Feed/Ranges": peer, "Feed/Hashes": peer,
+		"Verification/Verify": user, "Verification/ListVerified": user, "Verification/Residency": user,
 		"SchemaMixin/EstablishReferences": anyPeer, "SchemaMixin/ConfirmBlockades": anyPeer, "SchemaMixin/CheckIfResourceIsBlocked": anyPeer,
 		"SchemaMixin/CheckIfResourceHasDeletionSubscriber": anyPeer, "SchemaMixin/CheckIfHasMetaOwnee": anyPeer, "SchemaMixin/ConfirmMetaOwner": anyPeer,
 		"SchemaMixin/UpgradeMetaOwnerVersion": anyPeer, "SchemaMixin/RemoveMetaOwnerReference": anyPeer, "SchemaMixin/ListMetaOwnees": anyPeer,
-		"SchemaMixin/WatchImportedServiceDeletions": anyPeer, "SchemaMixin/PlanDeletion": anyPeer,
+		"SchemaMixin/WatchImportedServiceDeletions": anyPeer, "SchemaMixin/PlanDeletion": anyPeer, "SchemaMixin/MeasureHoldings": peer,
 		"ResourceShadows/GetResourceShadow": user, "ResourceShadows/ListResourceShadows": user, "ResourceShadows/WatchResourceShadows": user,
 	}
 
@@ -64,7 +65,7 @@ var _ = Describe("Access", Ordered, func() {
 
 	services := []protoreflect.ServiceDescriptor{}
 	for _, file := range []protoreflect.FileDescriptor{
-		dbcontrollerv1.File_dbcontroller_v1_resources_proto, dbcontrollerv1.File_dbcontroller_v1_feed_proto, dbcontrollerv1.File_dbcontroller_v1_mixin_proto,
+		dbcontrollerv1.File_dbcontroller_v1_resources_proto, dbcontrollerv1.File_dbcontroller_v1_feed_proto, dbcontrollerv1.File_dbcontroller_v1_mixin_proto, dbcontrollerv1.File_dbcontroller_v1_verification_proto,
 	} {
 		for i := range file.Services().Len() {
 			services = append(services, file.Services().Get(i))

@@ -17,9 +17,12 @@
 //	access.go    who may call what; what surrounds every call: deadline, metrics, recovery
 //	resources.go the Resources service: reads and writes
 //	validate.go  requests -> names and store.Writes
+//	explain.go   what is known of one resource, over all regions
+//	plan.go      what a deletion would take along
 //	route.go     the owner of a write, forwarding
 //	watch.go     snapshot, then changes
 //	feed.go      the Feed service
+//	mixin.go     the SchemaMixin service, for other Deployments, and ResourceShadows
 //	rest.go      Resources as REST; json.go its flat resources
 //	errors.go    errors -> status
 //	ops.go       health, status and metrics, for another port

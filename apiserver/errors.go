@@ -45,7 +45,11 @@ func (s *Server) status(ctx context.Context, procedure string, err error) error 
 			if e.Name != "" {
 				info = map[string]string{"name": e.Name}
 			}
-			return fail(known.code, known.reason, info, e.Violations, "%s", shown.Error())
+			refusal := fail(known.code, known.reason, info, e.Violations, "%s", shown.Error())
+			if len(e.Preconditions) > 0 {
+				addDetail(refusal, preconditionFailure(e.Preconditions))
+			}
+			return refusal
 		}
 	}
 	if e, ok := errors.AsType[*connect.Error](err); ok {
@@ -79,13 +83,26 @@ func fail(code connect.Code, reason string, info map[string]string, violations [
 		details = append(details, bad)
 	}
 	for _, m := range details {
-		d, err := connect.NewErrorDetail(m)
-		if err != nil {
-			panic(err) // our own messages always encode
-		}
-		e.AddDetail(d)
+		addDetail(e, m)
 	}
 	return e
+}
+
+func addDetail(e *connect.Error, m proto.Message) {
+	d, err := connect.NewErrorDetail(m)
+	if err != nil {
+		panic(err) // our own messages always encode
+	}
+	e.AddDetail(d)
+}
+
+// preconditionFailure says who stands in the way, for programs.
+func preconditionFailure(preconditions []store.Precondition) *errdetails.PreconditionFailure {
+	out := &errdetails.PreconditionFailure{}
+	for _, p := range preconditions {
+		out.Violations = append(out.Violations, &errdetails.PreconditionFailure_Violation{Type: p.Type, Subject: p.Subject, Description: p.Description})
+	}
+	return out
 }
 
 // invalid is the refusal of one field.

@@ -35,7 +35,7 @@ type Explainer struct {
 		HandledReferrers(ctx context.Context, at store.Location, target, uuid string, limit int) ([]store.Incoming, error)
 		Ownees(ctx context.Context, at store.Location, names []string, after string, limit int) ([]string, error)
 		Suspects(ctx context.Context, candidates []store.Location) ([]store.Location, error)
-		Quarantine(ctx context.Context, region string, limit int) (rows []postgres.Quarantined, total int, err error)
+		QuarantineOf(ctx context.Context, name string) (*postgres.Quarantined, error)
 	}
 	// Peers knows which Deployments may refer to resources of this one: mixin.Peers.
 	Peers interface{ Importers() []store.Location }
@@ -47,8 +47,6 @@ const (
 	askTimeout = 2 * time.Second
 	// maxReferrers is how many referrers are named.
 	maxReferrers = 20
-	// maxQuarantined is how many rows of the quarantine are looked at.
-	maxQuarantined = 1000
 )
 
 func (s *Server) explain(ctx context.Context, req *dbcontrollerv1.ExplainRequest) (*dbcontrollerv1.Explanation, error) {
@@ -181,21 +179,13 @@ func (s *Server) decision(ctx context.Context, n descriptor.Name) (*dbcontroller
 }
 
 func (s *Server) quarantined(ctx context.Context, name string) (*dbcontrollerv1.QuarantinedVersion, error) {
-	rows, total, err := s.cfg.Explainer.Core.Quarantine(ctx, "", maxQuarantined)
-	if err != nil {
+	q, err := s.cfg.Explainer.Core.QuarantineOf(ctx, name)
+	if q == nil || err != nil {
 		return nil, err
 	}
-	for _, q := range rows {
-		if q.Name == name {
-			return &dbcontrollerv1.QuarantinedVersion{
-				ResourceVersion: strconv.FormatInt(q.Version.Number, 10), Epoch: q.Version.Epoch, Cause: q.Cause, Tries: int32(q.Tries),
-			}, nil
-		}
-	}
-	if n := len(rows); n > 0 && total > n && rows[n-1].Name < name { // they are ordered
-		return &dbcontrollerv1.QuarantinedVersion{Cause: fmt.Sprintf("unknown: %d rows are in quarantine, and this one may be among them", total)}, nil
-	}
-	return nil, nil
+	return &dbcontrollerv1.QuarantinedVersion{
+		ResourceVersion: strconv.FormatInt(q.Version.Number, 10), Epoch: q.Version.Epoch, Cause: q.Cause, Tries: int32(q.Tries),
+	}, nil
 }
 
 // explainShadow adds what refers to what, and what is still to be done.

@@ -68,10 +68,14 @@ func newReferences(names ...string) *world {
 		stack = region.Layer(layer, c.Region, version, policies)
 		server, err := mixin.NewServer(mixin.Config{
 			Service: service, Region: c.Region, Version: "v1", Topology: topology, Core: core, Store: stack, Owners: stack, Policies: policies, Changes: core.Feed(), Logger: log,
+			Holdings: func(ctx context.Context, holder string, bytes bool) ([]store.Holding, map[string]float64, error) {
+				owned, err := policy.Holdings(ctx, version(), core, holder, bytes)
+				return owned, map[string]float64{"policy": 1000, "copy eu": 10}, err
+			},
 		})
 		Expect(err).NotTo(HaveOccurred())
 		peers.SetLocal(server)
-		c.Store, c.Owners, c.Mixin, c.Planner = stack, stack, server, layer
+		c.Store, c.Owners, c.Mixin, c.Planner, c.Census = stack, stack, server, layer, peers
 		c.Explainer = &Explainer{Policies: policies, Core: core, Peers: peers}
 	}, names...)
 	w.descriptor.Spec = v1alpha1.ServiceDescriptorSpec{}
@@ -288,22 +292,4 @@ func silence() string {
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(l.Close)
 	return l.Addr().String()
-}
-
-var _ = Describe("The quarantine in an explanation", func() {
-	It("is unknown when too many rows come before the name", func() {
-		s := &Server{cfg: Config{Explainer: &Explainer{Core: fullQuarantine{}}}}
-		q, err := s.quarantined(context.Background(), "sections/z")
-		Expect(err).NotTo(HaveOccurred())
-		Expect(q.GetCause()).To(ContainSubstring("5000 rows"))
-		q, err = s.quarantined(context.Background(), "sections/a")
-		Expect(err).NotTo(HaveOccurred())
-		Expect(q).To(BeNil())
-	})
-})
-
-type fullQuarantine struct{ *postgres.Store }
-
-func (fullQuarantine) Quarantine(context.Context, string, int) ([]postgres.Quarantined, int, error) {
-	return []postgres.Quarantined{{Name: "sections/b"}, {Name: "sections/c"}}, 5000, nil
 }

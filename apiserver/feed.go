@@ -22,6 +22,7 @@ type Replica interface {
 	Versions(ctx context.Context, shards []int32, region string, emit func(name string, v store.Version) error) error
 	FetchNames(ctx context.Context, names []string, region string, emit func(tuple []byte) error) error
 	FetchShards(ctx context.Context, shards feed.Range, region string, emit func(tuple []byte) error) error
+	Content
 }
 
 // Limits of the feed.

@@ -114,6 +114,16 @@ func (m mixinService) PlanDeletion(ctx context.Context, req *connect.Request[dbc
 	return asking(ctx, m.s, req, Mixin.PlanDeletion)
 }
 
+func (m mixinService) MeasureHoldings(ctx context.Context, req *connect.Request[dbcontrollerv1.MeasureHoldingsRequest]) (*connect.Response[dbcontrollerv1.MeasureHoldingsResponse], error) {
+	return asking(ctx, m.s, req, func(served Mixin, ctx context.Context, req *dbcontrollerv1.MeasureHoldingsRequest) (*dbcontrollerv1.MeasureHoldingsResponse, error) {
+		census, ok := served.(mixin.Census)
+		if !ok {
+			return nil, notServed()
+		}
+		return census.MeasureHoldings(ctx, req)
+	})
+}
+
 func (m mixinService) WatchImportedServiceDeletions(ctx context.Context, req *connect.Request[dbcontrollerv1.WatchImportedServiceDeletionsRequest], stream *connect.ServerStream[dbcontrollerv1.WatchImportedServiceDeletionsResponse]) error {
 	s := m.s
 	if err := s.admitCall(ctx, req.Msg.GetCall()); err != nil {

@@ -114,6 +114,11 @@ var _ = Describe("Plans", func() {
 			Expect(a.status).To(Equal(http.StatusBadRequest))
 			Expect(a.json()["error"]).To(SatisfyAll(HaveKeyWithValue("status", "FAILED_PRECONDITION"), HaveKeyWithValue("message", SatisfyAll(
 				ContainSubstring("sections/a"), ContainSubstring("sections/d"), ContainSubstring("blocks"), ContainSubstring("delete them first")))))
+			Expect(a.json()["error"]).To(HaveKeyWithValue("details", ContainElement(SatisfyAll(
+				HaveKeyWithValue("@type", "type.googleapis.com/google.rpc.PreconditionFailure"),
+				HaveKeyWithValue("violations", ConsistOf(SatisfyAll(
+					HaveKeyWithValue("type", "REFERENCED"), HaveKeyWithValue("subject", "sections/a"), HaveKeyWithValue("description", "sections/d (field blocks)")))),
+			))))
 		}
 
 		By("and without the blocker the deletion")

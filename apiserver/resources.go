@@ -391,6 +391,10 @@ func (r resourcesService) BatchWrite(ctx context.Context, req *connect.Request[d
 	return unary(ctx, req, r.s.batchWrite)
 }
 
+func (r resourcesService) PreviewPolicy(ctx context.Context, req *connect.Request[dbcontrollerv1.PreviewPolicyRequest]) (*connect.Response[dbcontrollerv1.PolicyPreview], error) {
+	return unary(ctx, req, r.s.previewPolicy)
+}
+
 func (r resourcesService) Explain(ctx context.Context, req *connect.Request[dbcontrollerv1.ExplainRequest]) (*connect.Response[dbcontrollerv1.Explanation], error) {
 	return unary(ctx, req, r.s.explain)
 }

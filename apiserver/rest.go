@@ -25,12 +25,13 @@ import (
 
 // The REST form of Resources; VERSION is the API version. Query parameters may be written in snake_case or camelCase.
 //
-//	GET    /VERSION/{name}
+//	GET    /VERSION/{name}                  ?min_version=            an etag that was seen: nothing older from a cache; or X-Min-Version: etag, as with all GETs
 //	GET    /VERSION/{name}:explain          ?local_only=             an id that ends so is written with %3A
 //	PATCH  /VERSION/{name}                  ?update_mask= &allow_missing= &validate_only=    If-Match: etag
 //	DELETE /VERSION/{name}                  ?etag= &allow_missing= &validate_only=           If-Match: etag; validate_only answers with the plan
 //	GET    /VERSION/{collection}            ?page_size= &page_token= &filter= &order_by=
 //	POST   /VERSION/{collection}            ?id= &validate_only=     the id of the new resource, unless its name is in the body
+//	GET    /VERSION/{collection}:search     ?q= &filter= &facets= &page_size= &page_token= &order_by=
 //	GET    /VERSION/{collection}:watch      ?resume_token= &filter=  one JSON object per line
 //	GET    /VERSION:watch                   ?resume_token=           everything
 //	GET    /VERSION:batchGet                ?names= &names=
@@ -46,6 +47,9 @@ func (s *Server) rest() http.Handler {
 		err := s.call(r.Context(), e.procedure, e.procedure == rpc.ResourcesWatchProcedure, func(ctx context.Context) error {
 			params, err := e.params(r.URL)
 			if err != nil {
+				return err
+			}
+			if ctx, err = withMinVersion(ctx, params.Get("min_version")); err != nil {
 				return err
 			}
 			return e.serve(ctx, &exchange{w: w, r: r, params: params, path: e.path, started: &started})
@@ -82,7 +86,7 @@ func (s *Server) endpoint(r *http.Request) endpoint {
 	path, ok := strings.CutPrefix(r.URL.Path, "/"+s.cfg.Version)
 	switch {
 	case ok && path == ":batchGet":
-		return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesBatchGetProcedure, allowed: []string{"names"}, serve: s.restBatchGet})
+		return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesBatchGetProcedure, allowed: []string{"names", "min_version"}, serve: s.restBatchGet})
 	case ok && path == ":batchWrite":
 		return only(r, http.MethodPost, endpoint{procedure: rpc.ResourcesBatchWriteProcedure, serve: s.restBatchWrite})
 	case ok && path == ":watch":
@@ -101,15 +105,19 @@ func (s *Server) endpoint(r *http.Request) endpoint {
 		case http.MethodDelete:
 			return endpoint{procedure: rpc.ResourcesDeleteProcedure, path: path, allowed: []string{"etag", "allow_missing", "validate_only"}, serve: s.restDelete}
 		}
-		return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesGetProcedure, path: path, serve: s.restGet})
+		return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesGetProcedure, path: path, allowed: []string{"min_version"}, serve: s.restGet})
 	}
 	if collection, ok := strings.CutSuffix(path, ":watch"); ok {
 		return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesWatchProcedure, path: collection, allowed: []string{"resume_token", "filter"}, serve: s.restWatch})
 	}
+	if collection, ok := strings.CutSuffix(path, ":search"); ok {
+		return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesSearchProcedure, path: collection,
+			allowed: []string{"q", "filter", "facets", "page_size", "page_token", "order_by"}, serve: s.restSearch})
+	}
 	if r.Method == http.MethodPost {
 		return endpoint{procedure: rpc.ResourcesCreateProcedure, path: path, allowed: []string{"id", "validate_only"}, serve: s.restCreate}
 	}
-	return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesListProcedure, path: path, allowed: []string{"page_size", "page_token", "filter", "order_by"}, serve: s.restList})
+	return only(r, http.MethodGet, endpoint{procedure: rpc.ResourcesListProcedure, path: path, allowed: []string{"page_size", "page_token", "filter", "order_by", "min_version"}, serve: s.restList})
 }
 
 func only(r *http.Request, method string, e endpoint) endpoint {
@@ -131,7 +139,7 @@ func (e endpoint) params(u *url.URL) (url.Values, error) {
 		switch {
 		case !slices.Contains(e.allowed, name):
 			return nil, invalid(key, "is not a parameter here: there are %s", strings.Join(append(e.allowed, "no others"), ", "))
-		case name != "names" && len(raw[key])+len(params[name]) > 1:
+		case name != "names" && name != "facets" && len(raw[key])+len(params[name]) > 1:
 			return nil, invalid(key, "is given twice")
 		}
 		params[name] = raw[key]

@@ -47,6 +47,12 @@ type Config struct {
 	// Planner makes the answer to a Delete with validate_only, Explainer that to Explain. Nil: that is not served.
 	Planner   Planner
 	Explainer *Explainer
+	// Searcher answers Search. Nil: the Deployment has no search store, and Search says so.
+	Searcher Searcher
+	// Census asks a region, perhaps this one, what it owns under a policy, and at which rates it works: mixin.Peers. Nil: PreviewPolicy is not served.
+	Census Census
+	// Verifier compares copies with their owners. Nil: that is not served.
+	Verifier Verifier
 
 	// TLS is the certificate of this Deployment and the CAs of its callers; nil serves plain text.
 	TLS pki.Source
@@ -144,6 +150,7 @@ func (s *Server) handler() http.Handler {
 	mux.Handle(dbcontrollerv1connect.NewFeedHandler(feedService{s}, append(options, connect.WithCompression("gzip", nil, nil))...))
 	mux.Handle(dbcontrollerv1connect.NewSchemaMixinHandler(mixinService{s}, options...))
 	mux.Handle(dbcontrollerv1connect.NewResourceShadowsHandler(shadowsService{s}, options...))
+	mux.Handle(dbcontrollerv1connect.NewVerificationHandler(verificationService{s}, options...))
 	mux.Handle("/", s.rest())
 	return s.admit(mux)
 }

@@ -45,15 +45,6 @@ type blockedError struct {
 
 func (e *blockedError) Error() string { return e.err.Error() }
 
-// refused counts the refusal of a deletion and returns what the user gets.
-func (s *Store) refused(err error) error {
-	if e, ok := errors.AsType[*blockedError](err); ok {
-		s.metrics.blocked.WithLabelValues(e.reason).Inc()
-		return e.err
-	}
-	return err
-}
-
 // planDeletes finds out what the deletes of the batch take along. What the batch itself saves counts as it will be: a saved resource is not taken along, and what it has dropped
 // blocks nothing; check refuses if it still refers to what goes.
 func (s *Store) planDeletes(ctx context.Context, t *transaction, whole []store.Write, saves []*saving) (*deletion, error) {
@@ -74,7 +65,7 @@ func (s *Store) planDeletes(ctx context.Context, t *transaction, whole []store.W
 		return nil, err
 	}
 	if c.Truncated {
-		return nil, s.refused(&blockedError{"too_large", store.Errorf(store.FailedPrecondition, roots[0],
+		return nil, s.refused(ctx, &blockedError{blockedTooLarge, store.Errorf(store.FailedPrecondition, roots[0],
 			"would take more than %d resources, or %d levels, along in one transaction: %s", limit, s.cfg.ClosureDepth, makeSmaller)})
 	}
 	saved := map[string]bool{}
@@ -82,6 +73,9 @@ func (s *Store) planDeletes(ctx context.Context, t *transaction, whole []store.W
 		saved[v.name.Full] = true
 	}
 	kept := d.spare(c.Delete, saved)
+	if err := s.spareNoMore(ctx, d, c, kept, saved); err != nil {
+		return nil, err
+	}
 	d.epoch = c.Epoch
 	d.doomed = slices.DeleteFunc(c.Delete, func(r store.Doomed) bool { return kept[r.Name] })
 	for _, r := range d.doomed {
@@ -96,7 +90,7 @@ func (s *Store) planDeletes(ctx context.Context, t *transaction, whole []store.W
 		cleared[in.Referrer] = true
 	}
 	if len(whole)+len(cleared) > store.MaxBatch {
-		return nil, s.refused(&blockedError{"too_large", store.Errorf(store.FailedPrecondition, roots[0],
+		return nil, s.refused(ctx, &blockedError{blockedTooLarge, store.Errorf(store.FailedPrecondition, roots[0],
 			"would have to be cleared from the fields of %d resources in one transaction of at most %d: %s", len(cleared), store.MaxBatch, makeSmaller)})
 	}
 	return d, nil
@@ -118,20 +112,80 @@ func (d *deletion) spare(doomed []store.Doomed, saved map[string]bool) map[strin
 	return kept
 }
 
+// spareNoMore looks at what is spared although the batch does not save it, for it may refer to others that go: a closure knows one way to each resource. What
+// cascades from there goes after all, and is kept no more; what is left to clear, or blocks, joins the closure.
+func (s *Store) spareNoMore(ctx context.Context, d *deletion, c *store.Closure, kept, saved map[string]bool) error {
+	var names []string
+	goes := map[string]bool{}
+	for _, r := range c.Delete {
+		if goes[r.Name] = !kept[r.Name]; kept[r.Name] && !saved[r.Name] {
+			names = append(names, r.Name)
+		}
+	}
+	if names == nil {
+		return nil
+	}
+	stored, err := s.next.BatchGet(ctx, names)
+	if err != nil {
+		return err
+	}
+	var all []store.Incoming
+	for _, r := range stored {
+		if r == nil {
+			continue // gone since
+		}
+		n, err := d.version.ParseName(r.Name)
+		if err != nil {
+			return fmt.Errorf("spare what cascades: %w", err)
+		}
+		v, err := newSaving(-1, n, store.Write{Op: store.Update, Name: r.Name, Type: r.Type, Meta: r.Meta, Body: r.Body}, s.cfg.View())
+		if err != nil {
+			return err
+		}
+		for _, o := range v.refs {
+			if o.Kind != store.OwnerRef && o.target.Type.Version().Service.Name == s.cfg.Self.Service {
+				all = append(all, store.Incoming{Referrer: r.Name, Type: r.Type, Field: o.Field, Target: o.Target, Kind: o.Kind, Behavior: o.Behavior, Version: r.Version})
+			}
+		}
+	}
+	for grown := true; grown; {
+		grown = false
+		for _, in := range all {
+			if in.Behavior == store.Cascade && goes[in.Target] && !goes[in.Referrer] {
+				delete(kept, in.Referrer)
+				goes[in.Referrer], grown = true, true
+			}
+		}
+	}
+	for _, in := range all {
+		switch {
+		case goes[in.Referrer] || !goes[in.Target]:
+		case in.Behavior == store.Unset:
+			c.Unset = append(c.Unset, in)
+		case in.Behavior == store.Block:
+			c.Blockers = append(c.Blockers, store.Blocker{Target: in.Target, Referrer: in.Referrer, Field: in.Field})
+		}
+	}
+	return nil
+}
+
 // check refuses a deletion that something here forbids (F46).
 func (d *deletion) check(saves []*saving) error {
 	for _, v := range saves {
 		for _, o := range v.refs {
 			if _, gone := d.uuids[o.Target]; gone && o.At == (store.Location{}) && (o.Behavior == store.Block || o.Behavior == store.Unset || o.Behavior == store.Cascade) {
-				return &blockedError{"referenced", v.fail(store.FailedPrecondition, o.path, "refers to %s, which the same transaction deletes", o.Target)}
+				return &blockedError{blockedHere, v.fail(store.FailedPrecondition, o.path, "refers to %s, which the same transaction deletes", o.Target)}
 			}
 		}
 	}
 	return d.blocked(d.blockers)
 }
 
-// maxNamed is how many blockers a refusal names.
-const maxNamed = 10
+// Limits of a refusal: maxNamed is how many blockers its sentence names, maxBlockers how many its details.
+const (
+	maxNamed    = 10
+	maxBlockers = 100
+)
 
 // blocked makes a refusal that names the first blockers, nil without any.
 func (d *deletion) blocked(blockers []store.Blocker) error {
@@ -140,22 +194,23 @@ func (d *deletion) blocked(blockers []store.Blocker) error {
 	}
 	for _, b := range blockers {
 		if b.BlockDeletion {
-			return &blockedError{"block_deletion", store.Errorf(store.FailedPrecondition, b.Target, "%sits deletion is blocked by the service", d.along(b.Target))}
+			return &blockedError{blockedByService, &store.Error{Code: store.FailedPrecondition, Name: b.Target, Reason: d.along(b.Target) + "its deletion is blocked by the service",
+				Preconditions: preconditions(blockers)}}
 		}
 	}
 	slices.SortStableFunc(blockers, func(a, b store.Blocker) int {
 		return cmp.Or(cmp.Compare(len(d.along(a.Target)), len(d.along(b.Target))), cmp.Compare(a.Target, b.Target)) // the roots first
 	})
-	name, reason, advice := blockers[0].Target, "tentative", "repeat later"
+	name, reason, advice := blockers[0].Target, blockedTentatively, "repeat later"
 	var text strings.Builder
 	text.WriteString(d.along(name))
 	for i, b := range blockers {
 		switch {
 		case !b.TentativeUntil.IsZero():
 		case b.Location != (store.Location{}):
-			reason, advice = "referenced_elsewhere", "delete them first, or remove the references"
+			reason, advice = blockedElsewhere, "delete them first, or remove the references"
 		default:
-			reason, advice = "referenced", "delete them first, or remove the references"
+			reason, advice = blockedHere, "delete them first, or remove the references"
 		}
 		switch {
 		case i == maxNamed:
@@ -169,7 +224,20 @@ func (d *deletion) blocked(blockers []store.Blocker) error {
 			text.WriteString(", " + who(b))
 		}
 	}
-	return &blockedError{reason, store.Errorf(store.FailedPrecondition, name, "%s: %s", text.String(), advice)}
+	return &blockedError{reason, &store.Error{Code: store.FailedPrecondition, Name: name, Reason: text.String() + ": " + advice, Preconditions: preconditions(blockers)}}
+}
+
+// preconditions are the blockers for programs.
+func preconditions(blockers []store.Blocker) []store.Precondition {
+	var all []store.Precondition
+	for _, b := range blockers[:min(len(blockers), maxBlockers)] {
+		p := store.Precondition{Type: store.PreconditionReferenced, Subject: b.Target, Description: who(b)}
+		if b.BlockDeletion {
+			p.Type, p.Description = store.PreconditionBlocked, "its deletion is blocked by the service"
+		}
+		all = append(all, p)
+	}
+	return all
 }
 
 // along begins a sentence about what the user did not ask to delete.
@@ -300,7 +368,7 @@ func (s *Store) ask(ctx context.Context, d *deletion) error {
 }
 
 func (s *Store) unasked(name string, at store.Location, err error) error {
-	return &blockedError{"unreachable", &store.Error{Code: store.Unavailable, Name: name, Cause: err,
+	return &blockedError{blockedUnasked, &store.Error{Code: store.Unavailable, Name: name, Cause: err,
 		Reason: fmt.Sprintf("%s may refer to it and cannot be asked: nothing was deleted, repeat later", at)}}
 }
 

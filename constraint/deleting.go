@@ -3,6 +3,7 @@ package constraint
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -122,6 +123,9 @@ func (s *session) finishDrain(ctx context.Context, j *job) error {
 	checked, epoch := j.checked, j.epoch
 	j.mu.Unlock()
 	done, err := s.cfg.Core.FinishDeletion(ctx, j.key.name, j.task.UUID, epoch, checked)
+	if done {
+		s.finished(ctx, j)
+	}
 	if err != nil || done {
 		return err
 	}
@@ -133,6 +137,17 @@ func (s *session) finishDrain(ctx context.Context, j *job) error {
 		return notYet("the service itself blocks the deletion")
 	}
 	return notYet("references to it are not handled yet")
+}
+
+// slowDeletion is how long a deletion may take before its end is worth a line to everybody: somebody may have waited for the name.
+const slowDeletion = time.Minute
+
+func (s *session) finished(ctx context.Context, j *job) {
+	took, level := time.Since(j.task.TaskTime), slog.LevelDebug
+	if took >= slowDeletion {
+		level = slog.LevelInfo
+	}
+	s.log.Log(ctx, level, "references: a deletion is finished, the name is free", "name", j.key.name, "took", took.Round(time.Millisecond).String())
 }
 
 // pace is the pause between two pages of a look through all shadows.

@@ -19,4 +19,10 @@
 //	plan.go        the same as a plan over all Deployments, which writes nothing
 //
 // The nodes do what remains after the commit: they confirm references, finish deletions, and act on those of others.
+//
+//	node.go        what is due becomes jobs; queue.go: their lanes, one for each Deployment that may be away
+//	pending.go     confirmations, owners, expired blockades, deletions that were refused
+//	deleting.go    who must be told of a deletion, and when the name is free
+//	subscribed.go  deletions of others, and the referrers here
+//	metrics.go     both, for people
 package constraint

@@ -475,6 +475,10 @@ func (c *fakeCore) ExpiredBlockades(_ context.Context, _ feed.Range, limit int) 
 	})
 }
 
+func (c *fakeCore) Blockades(context.Context, feed.Range) (held int, err error) {
+	return held, c.in("Blockades", func() error { held = len(c.blockades); return nil })
+}
+
 func (c *fakeCore) DropBlockades(_ context.Context, blockades []store.Blockade) error {
 	return c.in("DropBlockades", func() error {
 		c.blockades = slices.DeleteFunc(c.blockades, func(b store.Blockade) bool {

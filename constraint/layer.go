@@ -12,7 +12,6 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	v1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
 	"github.com/dbcontroller/db-controller/descriptor"
@@ -90,7 +89,7 @@ func Layer(next store.Store, cfg LayerConfig) *Store {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Store{next: next, cfg: cfg, log: cfg.Logger, places: newPlaces(cfg), metrics: newLayerMetrics(cfg.Registerer)}
+	return &Store{next: next, cfg: cfg, log: cfg.Logger, places: newPlaces(cfg), metrics: newLayerMetrics(cfg.Registerer, cfg.Self)}
 }
 
 // Get implements store.Reader.
@@ -199,10 +198,10 @@ func (s *Store) try(ctx context.Context, t *transaction, try int) (results []sto
 		return nil, false, err
 	}
 	if err := gone.check(saves); err != nil {
-		return nil, false, s.refused(err)
+		return nil, false, s.refused(ctx, err)
 	}
 	if err := s.ask(ctx, gone); err != nil {
-		return nil, errors.Is(err, store.ErrChanged), s.refused(err)
+		return nil, errors.Is(err, store.ErrChanged), s.refused(ctx, err)
 	}
 	given, err := s.establish(ctx, t, slices.Concat(saves, unsets), home, try)
 	if err != nil {
@@ -261,22 +260,5 @@ func backOff(ctx context.Context, tries int) error {
 		return ctx.Err()
 	case <-timer.C:
 		return nil
-	}
-}
-
-// layerMetrics are those of one layer.
-type layerMetrics struct {
-	blocked   *prometheus.CounterVec
-	establish *prometheus.HistogramVec
-}
-
-func newLayerMetrics(r prometheus.Registerer) layerMetrics {
-	with := promauto.With(r)
-	return layerMetrics{
-		blocked: with.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_deletes_blocked_total", Help: "Deletions that were refused, by the reason."}, []string{"reason"}),
-		establish: with.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "dbcontroller_establish_duration_seconds", Help: "Calls that establish new references at the Deployment of their targets, within a save.",
-			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14), NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
-		}, []string{"db_service", "target_region", "outcome"}),
 	}
 }

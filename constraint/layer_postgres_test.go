@@ -201,6 +201,24 @@ var _ = Describe("the constraint layer on PostgreSQL", func() {
 		Expect(d.body("nodes/t")).NotTo(BeEmpty())
 	})
 
+	It("judges what a save spares by its other references to what goes", func() {
+		// nodes/t goes, and with it nodes/s, but for the save that lets go of it; nodes/x goes with nodes/s only.
+		batch := func(x string) error {
+			Expect(d.write(saveOf("nodes/t", `{}`), saveOf("nodes/u", `{"cascade":"nodes/t"}`), saveOf("nodes/s", `{"cascade":"nodes/t"}`))).To(succeed)
+			Expect(d.write(saveOf("nodes/x", `{"cascade":"nodes/s",%s}`, x))).To(succeed)
+			return d.write(saveOf("nodes/s", `{"n":1}`), store.Write{Op: store.Delete, Name: "nodes/t"})
+		}
+		Expect(batch(`"n":1`)).To(succeed)
+		Expect(d.body("nodes/x")).NotTo(BeEmpty(), "spared with what it depends on")
+		Expect(batch(`"unset":"nodes/u"`)).To(succeed)
+		Expect(d.body("nodes/x")).To(MatchJSON(`{"cascade":"nodes/s"}`))
+		Expect(batch(`"cascades":["nodes/s","nodes/u"]`)).To(succeed)
+		Expect(d.body("nodes/x")).To(BeEmpty(), "whichever way it was reached")
+		Expect(batch(`"block":"nodes/u"`)).To(And(haveCode(store.FailedPrecondition), MatchError(And(ContainSubstring("nodes/u: would be deleted too"), ContainSubstring("nodes/x (field block)")))))
+		Expect(d.body("nodes/t")).NotTo(BeEmpty())
+		consistent()
+	})
+
 	It("spares what has let go of it while the deletion was planned", func() {
 		var meanwhile func() error
 		d = deploy(topology("v1", midEU), midEU, map[store.Location]mixin.Peer{}, func(cfg *constraint.LayerConfig) {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -55,6 +56,7 @@ type nodeCore interface {
 	MarkConfirmed(ctx context.Context, name string, refs []store.Reference) error
 	BeginAttempt(ctx context.Context, names []string) (map[string]store.Question, error)
 	ExpiredBlockades(ctx context.Context, shards feed.Range, limit int) ([]store.Blockade, error)
+	Blockades(ctx context.Context, shards feed.Range) (held int, err error)
 	DropBlockades(ctx context.Context, blockades []store.Blockade) error
 	PruneSource(ctx context.Context, q store.Question, at store.Location, keep store.Source) (bool, error)
 	Suspects(ctx context.Context, candidates []store.Location) ([]store.Location, error)
@@ -173,7 +175,7 @@ func NewNode(cfg NodeConfig) (*Node, error) {
 		return nil, err
 	}
 	n := &Node{cfg: cfg, own: store.Location{Service: cfg.Service, Region: cfg.Region}, gone: map[store.Location]time.Time{}}
-	n.metrics = newMetrics(n.pending)
+	n.metrics = newMetrics(n.pending, n.blockades)
 	return n, nil
 }
 
@@ -257,6 +259,16 @@ func (n *Node) pending() []pendingJob {
 	return s.pending()
 }
 
+// blockades returns how many tentative blockades are held, as the last scan has counted them, for the metrics.
+func (n *Node) blockades() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.work == nil {
+		return 0
+	}
+	return int(n.work.held.Load())
+}
+
 func (n *Node) declared(at store.Location) bool {
 	_, declared := n.cfg.Registry.View().Deployment(registry.Key(at))
 	return declared
@@ -288,6 +300,7 @@ type session struct {
 	handlers map[jobKind]handler
 	cancel   context.CancelFunc
 	done     chan struct{}
+	held     atomic.Int64 // tentative blockades, as last counted
 
 	jobsMu   sync.Mutex
 	jobs     map[jobKey]*job

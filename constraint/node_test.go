@@ -372,7 +372,7 @@ func TestAnExpiredBlockadeOfADeadDeploymentIsKept(t *testing.T) { // F62, I44
 		w.start()
 		w.pass(10 * time.Minute)
 		w.want(slices.Equal(w.core.dropped, []string{"tools/t"}), "dropped %v", w.core.dropped)
-		w.want(w.metric("dbcontroller_reference_expired_blockades") > 0, "not in the metrics")
+		w.want(w.metric("dbcontroller_reference_expired_blockades") > 0 && w.metric("dbcontroller_reference_blockades") > 0, "not in the metrics")
 		dead.set(func() { dead.away = false })
 		w.pass(3 * time.Minute)
 		w.want(len(w.core.blockades) == 0, "%d left after the Deployment is back", len(w.core.blockades))

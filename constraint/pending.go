@@ -352,7 +352,7 @@ func (s *session) deletePending(ctx context.Context, j *job, first store.Locatio
 		return err
 	}
 	// The version ties the deletion to this incarnation.
-	_, err = store.Apply(ctx, s.cfg.Store, store.Write{Op: store.Delete, Name: r.Name, Type: r.Type, IfVersion: r.Version, AllowMissing: true})
+	_, err = store.Apply(inBackground(ctx), s.cfg.Store, store.Write{Op: store.Delete, Name: r.Name, Type: r.Type, IfVersion: r.Version, AllowMissing: true})
 	if first != (store.Location{}) {
 		err = unreachable(first, err)
 	}
@@ -372,6 +372,11 @@ func (s *session) scanBlockades(ctx context.Context) {
 }
 
 func (s *session) expireBlockades(ctx context.Context) error {
+	held, err := s.cfg.Core.Blockades(ctx, s.shards)
+	if err != nil {
+		return err
+	}
+	s.held.Store(int64(held))
 	// Those that wait for a Deployment that is away come first, as they are the oldest: they must not hide the others.
 	known := 0
 	for _, p := range s.pending() {

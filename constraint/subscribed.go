@@ -289,7 +289,7 @@ func (s *session) deleteReferrers(ctx context.Context, batch []referrer) (int, e
 		writes[i] = store.Write{Op: store.Delete, Name: r.name, Type: r.typ, AllowMissing: true, IfVersion: r.version}
 		names[i] = r.name
 	}
-	_, err := s.cfg.Store.BatchWrite(ctx, writes)
+	_, err := s.cfg.Store.BatchWrite(inBackground(ctx), writes)
 	code := store.CodeOf(err)
 	switch {
 	case err == nil:

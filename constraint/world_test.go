@@ -56,6 +56,7 @@ versions:
     - {field: "unsets[]", target: Node, onTargetDeleted: Unset}
     - {field: "parts[].node", target: Node, onTargetDeleted: Unset}
     - {field: cascade, target: Node, onTargetDeleted: CascadeDelete}
+    - {field: "cascades[]", target: Node, onTargetDeleted: CascadeDelete}
     - {field: asyncUnset, target: Node, onTargetDeleted: AsyncUnset}
     - {field: asyncCascade, target: Node, onTargetDeleted: AsyncCascadeDelete}
     - {field: dangle, target: Node, onTargetDeleted: AllowDangling}

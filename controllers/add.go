@@ -4,6 +4,7 @@
 //	topology.go                      every replica: the objects in the cache -> the registry
 //	deployment_reconciler.go         the leader: status of the Deployments of the own region
 //	servicedescriptor_reconciler.go  the leader: status of the ServiceDescriptors
+//	verification_reconciler.go       the leader: Verifications of the own region, carried out
 //	conditions.go                    pure: what was observed -> conditions
 //	credentials.go                   whether the secrets of a Deployment exist and fit
 //
@@ -30,6 +31,8 @@ import (
 
 // +kubebuilder:rbac:groups=meta.dbcontroller.io,resources=deployments;servicedescriptors,verbs=get;list;watch
 // +kubebuilder:rbac:groups=meta.dbcontroller.io,resources=deployments/status;servicedescriptors/status,verbs=patch
+// Leader election still writes events of the old API group.
+// +kubebuilder:rbac:groups="",namespace=system,resources=events,verbs=create;patch
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 // +kubebuilder:rbac:groups="",namespace=system,resources=secrets,verbs=get
 // +kubebuilder:rbac:groups=coordination.k8s.io,namespace=system,resources=leases,verbs=get;create;update
@@ -64,6 +67,8 @@ type Options struct {
 	Registry *registry.Registry
 	// Status says how the own Deployments do. Required.
 	Status StatusSource
+	// Verifier carries out Verifications. Nil: they stay as they are.
+	Verifier Verifier
 	// StatusInterval is how often the status of an own Deployment is renewed; default 10 s.
 	StatusInterval time.Duration
 	// PeerGrace is for how long a peer may be silent before it counts as unreachable; default 30 s.
@@ -85,6 +90,7 @@ func Add(mgr manager.Manager, o Options) error {
 	for name, add := range map[string]func(manager.Manager, *topology, Options) error{
 		"Deployment":        addDeployment,
 		"ServiceDescriptor": addServiceDescriptor,
+		"Verification":      addVerification,
 	} {
 		if err := add(mgr, t, o); err != nil {
 			return fmt.Errorf("add controller of %s: %w", name, err)

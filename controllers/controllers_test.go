@@ -40,9 +40,10 @@ var _ = registrytest.Behaves("Kubernetes", func(ctx context.Context) registrytes
 
 // namespace is a namespace of its own for a spec, with the manager's role bound to a user in it.
 type namespace struct {
-	name   string
-	user   *rest.Config
-	status *statuses
+	name     string
+	user     *rest.Config
+	status   *statuses
+	verifier *verifier
 }
 
 func newNamespace(ctx context.Context) *namespace {
@@ -143,7 +144,11 @@ func (n *namespace) Start(context.Context) (*registry.Registry, registry.Secrets
 	})
 	Expect(err).NotTo(HaveOccurred())
 	reg := registry.New()
-	Expect(controllers.Add(mgr, controllers.Options{Region: "eu", Registry: reg, Status: n.status, StatusInterval: 50 * time.Millisecond})).To(Succeed())
+	options := controllers.Options{Region: "eu", Registry: reg, Status: n.status, StatusInterval: 50 * time.Millisecond}
+	if n.verifier != nil {
+		options.Verifier = n.verifier
+	}
+	Expect(controllers.Add(mgr, options)).To(Succeed())
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- mgr.Start(ctx) }()

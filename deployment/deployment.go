@@ -28,7 +28,9 @@ import (
 	"github.com/dbcontroller/db-controller/mixin"
 	"github.com/dbcontroller/db-controller/nodemanager"
 	"github.com/dbcontroller/db-controller/registry"
+	"github.com/dbcontroller/db-controller/search"
 	"github.com/dbcontroller/db-controller/store"
+	"github.com/dbcontroller/db-controller/store/cache"
 	"github.com/dbcontroller/db-controller/store/policy"
 	"github.com/dbcontroller/db-controller/store/postgres"
 	"github.com/dbcontroller/db-controller/store/region"
@@ -42,6 +44,10 @@ type Config struct {
 	Registry *registry.Registry
 	// DSN of the Deployment's database; never logged.
 	DSN string
+	// CacheURL is that of the Redis that answers reads of the API server in place of the database; never logged. Empty: there is no cache.
+	CacheURL string
+	// SearchURL is the connection string of the search store that the Deployment's spec.search says; never logged. Empty: there is no search.
+	SearchURL string
 	// TLS is the identity of the Deployment and the CAs that it trusts; nil is plain text on loopback, for development.
 	TLS pki.Source
 	// DialContext opens connections to other Deployments; nil is a plain dialer.
@@ -50,6 +56,10 @@ type Config struct {
 	MaxShardsPerNode int
 	AuditInterval    time.Duration
 	PurgeAfter       time.Duration
+	// VerifyInterval is the time between two verifications of the same copies by content, in the background. 0 is DefaultVerifyInterval; negative is never.
+	VerifyInterval time.Duration
+	// PolicyRate is how many resources a second are changed because of a policy. 0 is syncing.DefaultUpdateRate; negative is no limit.
+	PolicyRate int
 	// Retention is how long tombstones are kept. A consumer of the change feed that is away for longer compares when it comes back. Default 24 h.
 	Retention time.Duration
 	// References has the times of references; zero values mean their defaults.
@@ -78,11 +88,15 @@ type Deployment struct {
 	core        *postgres.Store
 	constraints *constraint.Store
 	stack       *region.Store
+	cache       *cache.Store // on top of stack, for the API server; nil without
+	search      search.Store // nil without
 	policy      *policy.Cache
 	peers       *mixin.Peers
 	mixin       *mixin.Server
 	metrics     *prometheus.Registry
 	node        atomic.Pointer[syncing.ControllerNode] // the running one; nil where Manage does not run
+	updater     atomic.Pointer[syncing.MetaUpdater]    // likewise
+	searchNode  atomic.Pointer[syncing.LocalNode]      // likewise
 }
 
 // Open opens the database, migrates it, and stacks the store's layers. Close it after Run has returned.
@@ -107,10 +121,11 @@ func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
-	if err := d.stackUp(); err != nil {
+	if err := errors.Join(d.stackUp(), d.openCache(ctx)); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
+	d.openSearch(ctx)
 	return d, nil
 }
 
@@ -129,8 +144,9 @@ func (d *Deployment) stackUp() (err error) {
 		TTL: cfg.References.TTL, CallTimeout: cfg.References.CallTimeout, Registerer: d.metrics, Logger: d.log,
 	})
 	d.stack = region.Layer(d.constraints, cfg.Region, d.version, d.policy)
+	d.stack.Guard(d.census)
 	d.mixin, err = mixin.NewServer(mixin.Config{Service: cfg.Service, Region: cfg.Region, Version: d.spec.Version, Topology: cfg.Registry,
-		Core: d.core, Store: d.stack, Owners: d.stack, Policies: d.policy, Changes: d.core.Feed(), Logger: d.log})
+		Core: d.core, Store: d.stack, Owners: d.stack, Policies: d.policy, Changes: d.core.Feed(), Holdings: d.holdings, Logger: d.log})
 	if err != nil {
 		return err
 	}
@@ -143,10 +159,13 @@ func (d *Deployment) Close() {
 	if d.peers != nil {
 		d.peers.Close()
 	}
+	if d.search != nil {
+		d.search.Close()
+	}
 	d.core.Close()
 }
 
-// Store is the whole stack, as the API server uses it.
+// Store is the whole stack below the cache.
 func (d *Deployment) Store() *region.Store { return d.stack }
 
 // Core is the store on PostgreSQL, without the layers.
@@ -199,22 +218,26 @@ func (d *Deployment) Run(ctx context.Context, parts ...func(context.Context) err
 func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error) {
 	s, err := apiserver.New(apiserver.Config{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version,
-		Store: d.stack, Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry, Mixin: d.mixin,
-		Planner: d.constraints, Explainer: &apiserver.Explainer{Policies: d.policy, Core: d.core, Peers: d.peers},
-		TLS: d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
+		Store: d.served(), Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry, Mixin: d.mixin,
+		Searcher: d.searcher(), Planner: d.constraints, Census: d.peers, Verifier: d.Verifier(),
+		Explainer: &apiserver.Explainer{Policies: d.policy, Core: d.core, Peers: d.peers},
+		TLS:       d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
 		Registerer: d.metrics, Logger: d.log,
 	})
 	if err != nil {
 		return nil, err
 	}
-	return func(ctx context.Context) error { return s.Run(ctx, l) }, nil
+	return func(ctx context.Context) error {
+		return d.withCache(ctx, func(ctx context.Context) error { return s.Run(ctx, l) })
+	}, nil
 }
 
 // Manage is the part that runs the nodes and the housekeeping.
 func (d *Deployment) Manage(ctx context.Context) error {
 	m, err := nodemanager.New(nodemanager.Config{
 		Topology: d.cfg.Registry, Ring: d.spec.Ring, Version: d.spec.Version, Logger: d.log,
-		Kinds: []nodemanager.Kind{{Name: "constraint", New: d.newConstraintNode}, {Name: "syncing", New: d.newNode}},
+		Kinds: append(d.searchKinds(), nodemanager.Kind{Name: "constraint", New: d.newConstraintNode}, nodemanager.Kind{Name: "syncing", New: d.newNode},
+			nodemanager.Kind{Name: "policy", New: d.newMetaUpdater}),
 	})
 	if err != nil {
 		return err
@@ -222,6 +245,7 @@ func (d *Deployment) Manage(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.Run(ctx) })
 	g.Go(func() error { return d.purge(ctx) })
+	g.Go(func() error { return d.verifyCopies(ctx) })
 	return g.Wait()
 }
 
@@ -245,6 +269,45 @@ func (d *Deployment) newNode(version string) (nodemanager.Node, error) {
 	}
 	d.node.Store(n)
 	return n, nil
+}
+
+// holdings measures what is owned here under a policy.
+func (d *Deployment) holdings(ctx context.Context, holder string, bytes bool) ([]store.Holding, map[string]float64, error) {
+	owned, err := policy.Holdings(ctx, d.version(), d.core, holder, bytes)
+	if err != nil {
+		return nil, nil, err
+	}
+	measured, err := d.core.Rates(ctx)
+	rates := make(map[string]float64, len(measured))
+	for what, r := range measured {
+		rates[what] = r.RowsPerSecond
+	}
+	return owned, rates, err
+}
+
+// census is the Census of the region layer.
+func (d *Deployment) census(ctx context.Context, in, holder string) ([]store.Holding, error) {
+	if _, ok := d.cfg.Registry.View().Deployment(registry.Key{Service: d.cfg.Service, Region: in}); !ok {
+		return nil, nil
+	}
+	owned, _, err := d.peers.Holdings(ctx, in, holder, false)
+	return owned, err
+}
+
+// newMetaUpdater returns the node that carries policies out for the resources owned here.
+func (d *Deployment) newMetaUpdater(string) (nodemanager.Node, error) {
+	set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{
+		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.version, Registry: d.cfg.Registry, Holders: d.core, Changes: d.core.Feed(), Logger: d.log,
+	})
+	u, err := syncing.NewMetaUpdater(syncing.MetaUpdaterConfig{
+		Ring: d.spec.Ring, Set: set, Store: d.core, Rate: d.cfg.PolicyRate, Metrics: d.metrics, Logger: d.log,
+		Labels: prometheus.Labels{"db_service": d.cfg.Service, "region": d.cfg.Region},
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.updater.Store(u)
+	return u, nil
 }
 
 // purgeBatch keeps the transactions of the purge short.
@@ -280,11 +343,36 @@ type Status struct {
 	Region  string               `json:"region"`
 	Version string               `json:"version"`
 	Peers   []syncing.PeerStatus `json:"peers"`
+	// Policies that are being carried out for the resources owned here.
+	Policies []PolicyStatus `json:"policies,omitempty"`
+	// Search is nil without a search store.
+	Search *SearchStatus `json:"search,omitempty"`
+}
+
+// PolicyStatus is how far a policy is carried out.
+type PolicyStatus struct {
+	// Holder is empty for the policy of the service.
+	Holder    string    `json:"holder"`
+	Total     int64     `json:"total"`
+	Checked   int64     `json:"checked"`
+	Changed   int64     `json:"changed"`
+	Misplaced int64     `json:"misplaced,omitempty"`
+	Since     time.Time `json:"since"`
+	// Settling: all resources are right, and those written meanwhile by processes that did not know the policy yet are looked for.
+	Settling bool `json:"settling,omitempty"`
 }
 
 // Status returns the state of the Deployment for people and tools.
 func (d *Deployment) Status() Status {
-	return Status{d.cfg.Service, d.cfg.Region, d.spec.Version, d.Peers()}
+	s := Status{Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Peers: d.Peers(), Search: d.Search()}
+	if u := d.updater.Load(); u != nil {
+		for _, w := range u.Walks() {
+			s.Policies = append(s.Policies, PolicyStatus{
+				Holder: w.Holder, Total: w.Total, Checked: w.Checked, Changed: w.Changed, Misplaced: w.Misplaced, Since: w.Started, Settling: w.Round > 1,
+			})
+		}
+	}
+	return s
 }
 
 // ServeHTTP serves h on l until ctx is done; calls in flight get five seconds to end.

@@ -52,6 +52,11 @@ type Peer interface {
 	WatchImportedServiceDeletions(context.Context, *v1.WatchImportedServiceDeletionsRequest, func(*v1.WatchImportedServiceDeletionsResponse) error) error
 }
 
+// Census tells other regions of the same service what a region owns. A Server and a Client have it besides Peer.
+type Census interface {
+	MeasureHoldings(context.Context, *v1.MeasureHoldingsRequest) (*v1.MeasureHoldingsResponse, error)
+}
+
 // Core is what the server asks of the local database: postgres.Store. Names are spelled in its own version, those of other Deployments' resources
 // as in the references to them. The zero Location is this Deployment.
 type Core interface {

@@ -175,7 +175,7 @@ func (p *plan) blockers(ctx context.Context, at store.Location, targets []string
 		}
 		for _, r := range refs {
 			if _, found := slices.BinarySearch(targets, r.Name); found && r.Blocking {
-				p.res.Blockers = append(p.res.Blockers, &v1.DeletionBlocker{Location: WireLocation(p.self), Referrer: r.Referrer, Target: r.Name})
+				p.res.Blockers = append(p.res.Blockers, &v1.DeletionBlocker{Location: WireLocation(p.self), Referrer: r.Referrer, Field: r.Field, Target: r.Name})
 			}
 		}
 		if seen += len(refs); next == "" {

@@ -98,14 +98,14 @@ var _ = Describe("A plan", func() {
 		var refs []store.Confirmed
 		for i := range 10_500 {
 			many = append(many, in(fmt.Sprint("r", i), "apps/a", store.Unset))
-			refs = append(refs, store.Confirmed{Referrer: fmt.Sprintf("r%05d", i), Name: "apps/a", Blocking: i == 1500})
+			refs = append(refs, store.Confirmed{Referrer: fmt.Sprintf("r%05d", i), Name: "apps/a", Field: "f", Blocking: i == 1500})
 		}
 		res := plan(planCore{handled: map[string][]store.Incoming{"apps/a": many}}, "apps/a")
 		Expect(res.GetTruncated()).To(BeTrue())
 		Expect(res.GetUnsets()).To(HaveLen(10_000))
 		res = plan(planCore{refs: refs}, "apps/a")
 		Expect(res.GetTruncated()).To(BeTrue())
-		Expect(res.GetBlockers()).To(HaveLen(1))
+		Expect(res.GetBlockers()).To(ConsistOf(HaveField("Field", "f")))
 		_, err := newServer(topology(nil), planCore{}, nil).PlanDeletion(GinkgoT().Context(), &v1.PlanDeletionRequest{Call: call(appsEU, secretsEU, "v1"), Targets: make([]string, mixin.MaxNames+1)})
 		Expect(err).To(haveCode(store.InvalidArgument, ""))
 	})

@@ -296,7 +296,7 @@ var _ = Describe("Two services on PostgreSQL", func() {
 					{Name: "pages/p", Type: "Page", Field: "note", Target: "notes/n", Asynchronous: true},
 				},
 				Blockers: []*v1.DeletionBlocker{
-					{Location: mixin.WireLocation(appsEU), Referrer: "apps/a", Target: "devices/d"},
+					{Location: mixin.WireLocation(appsEU), Referrer: "apps/a", Field: "device", Target: "devices/d"},
 					{Location: mixin.WireLocation(appsEU), Referrer: "pages/q", Field: "holds", Target: "notes/n"},
 				},
 			})).To(BeTrue(), "%v", res)

@@ -29,6 +29,8 @@ type Config struct {
 	Owners   Owners
 	Policies Policies
 	Changes  Changes
+	// Holdings measures what is owned here, for other regions of the service. Nil: that is not served.
+	Holdings Holdings
 
 	// MaxCalls and MaxStreams bound what one requester has in flight. Default 64 each.
 	MaxCalls, MaxStreams int

@@ -36,6 +36,20 @@ type Violation struct {
 	Description string
 }
 
+// Precondition is something that stands in the way of a request: who refers to Subject, and forbids its deletion.
+type Precondition struct {
+	// Type is PreconditionReferenced or PreconditionBlocked.
+	Type string
+	// Subject is the name of the resource that it is about, Description says who or what it is.
+	Subject, Description string
+}
+
+// Types of a Precondition: a resource refers to the subject; its service blocks its deletion.
+const (
+	PreconditionReferenced = "REFERENCED"
+	PreconditionBlocked    = "DELETION_BLOCKED"
+)
+
 // Error is every failure of a Store that a caller can act on.
 type Error struct {
 	Code Code
@@ -44,6 +58,8 @@ type Error struct {
 	// Reason is a sentence for people: what is wrong and what to do.
 	Reason     string
 	Violations []Violation
+	// Preconditions of a FailedPrecondition, as many as are known and at most a hundred: the blockers of a deletion.
+	Preconditions []Precondition
 	// Cause is the driver's error for Unavailable; never shown to users.
 	Cause error
 }

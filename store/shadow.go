@@ -37,6 +37,8 @@ type Confirmed struct {
 	Referrer, Name       string
 	Blocking, Subscriber bool
 	TxID                 string
+	// Field is one of those through which the referrer refers to the name, a blocking one if there is any. Only ReferencesTo tells it.
+	Field string
 }
 
 // BlockedAnswer answers a Question.

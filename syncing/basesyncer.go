@@ -5,27 +5,44 @@ import (
 	"fmt"
 	"iter"
 
+	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/row"
 )
 
+// chunk is a number of fetched rows.
+type chunk interface {
+	// rows says how many there are, each calls visit for each of them.
+	rows() int
+	each(visit func(name string, v store.Version)) error
+}
+
+func (c Chunk) rows() int { return c.Count }
+
+func (c Chunk) each(visit func(name string, v store.Version)) error {
+	return row.Walk(c.Rows, func(t *row.Tuple) error {
+		visit(t.Name(), t.Version())
+		return nil
+	})
+}
+
 // destination is where a baseSyncer puts what it fetches.
-type destination interface {
+type destination[C chunk] interface {
 	// put writes the rows of c, unless the destination already holds newer ones. Rows that can never be written are put aside, and are no error.
-	put(ctx context.Context, c Chunk) error
+	put(ctx context.Context, c C) error
 	// drop removes rows, each only if it is still at the version given.
 	drop(ctx context.Context, extras []NameVersion) error
 }
 
 // baseSyncer makes a destination equal to its source for the names that a VersionSet says differ. The set learns of a row only after the
 // destination has acknowledged it, so after an error a repetition does what is left.
-type baseSyncer struct {
+type baseSyncer[C chunk] struct {
 	set   *VersionSet
-	fetch func(ctx context.Context, names []string) iter.Seq2[Chunk, error]
-	dest  destination
+	fetch func(ctx context.Context, names []string) iter.Seq2[C, error]
+	dest  destination[C]
 }
 
 // putMissing fetches and puts what the destination lacks or has too old.
-func (b *baseSyncer) putMissing(ctx context.Context) error {
+func (b *baseSyncer[C]) putMissing(ctx context.Context) error {
 	for {
 		batch := b.set.CollectMatching("", Difference.missing, fetchBatch)
 		if len(batch) == 0 {
@@ -43,7 +60,7 @@ func (b *baseSyncer) putMissing(ctx context.Context) error {
 
 // dropExtras removes what the destination has too much. The source is asked again for each name first: a list that lacks a name may be older
 // than the row.
-func (b *baseSyncer) dropExtras(ctx context.Context) error {
+func (b *baseSyncer[C]) dropExtras(ctx context.Context) error {
 	for {
 		batch := b.set.CollectMatching("", func(d Difference) bool { return !d.missing() }, fetchBatch)
 		if len(batch) == 0 {
@@ -64,7 +81,7 @@ func (b *baseSyncer) dropExtras(ctx context.Context) error {
 }
 
 // bring fetches the names and puts what is sent.
-func (b *baseSyncer) bring(ctx context.Context, batch []Difference) error {
+func (b *baseSyncer[C]) bring(ctx context.Context, batch []Difference) error {
 	names := make([]string, len(batch))
 	for i, d := range batch {
 		names[i] = d.Name
@@ -74,13 +91,9 @@ func (b *baseSyncer) bring(ctx context.Context, batch []Difference) error {
 			return err
 		}
 		if err := b.dest.put(ctx, c); err != nil {
-			return fmt.Errorf("put %d fetched rows: %w", c.Count, err)
+			return fmt.Errorf("put %d fetched rows: %w", c.rows(), err)
 		}
-		err = row.Walk(c.Rows, func(t *row.Tuple) error {
-			b.set.settle(t.Name(), t.Version())
-			return nil
-		})
-		if err != nil {
+		if err := c.each(b.set.settle); err != nil {
 			return err
 		}
 	}
@@ -88,7 +101,7 @@ func (b *baseSyncer) bring(ctx context.Context, batch []Difference) error {
 }
 
 // still returns those of batch that are extras after the source was asked.
-func (b *baseSyncer) still(batch []Difference) []NameVersion {
+func (b *baseSyncer[C]) still(batch []Difference) []NameVersion {
 	var extras []NameVersion
 	for _, d := range batch {
 		if now, ok := b.set.get(d.Name); ok && !now.missing() {

@@ -14,6 +14,14 @@ type pairClock struct {
 	contact  time.Time     // last answer of any kind
 	offset   time.Duration // the peer's clock minus ours
 	measured bool
+	trip     time.Duration // of the last ping, there and back
+}
+
+// roundTrip returns how long the last ping took; 0 before the first.
+func (c *pairClock) roundTrip() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.trip
 }
 
 // answered notes that the peer has sent something.
@@ -30,7 +38,7 @@ func (c *pairClock) ping(sent, received, peer time.Time) {
 	defer c.mu.Unlock()
 	c.contact = received
 	c.offset = peer.Sub(received) + received.Sub(sent)/2
-	c.measured = true
+	c.measured, c.trip = true, received.Sub(sent)
 }
 
 // local returns the local instant, never after now, at which the peer's clock showed t; the zero time when that is not known.
@@ -100,6 +108,13 @@ func (c *rangeClock) applied(f *Frame, now time.Time, proven bool) {
 	if proven && !c.reached.IsZero() {
 		c.complete = c.reached
 	}
+}
+
+// waits says whether something received is not applied.
+func (c *rangeClock) waits() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.queue) > 0 && c.queue[0].matters
 }
 
 // proved notes that a comparison has ended: the copy is complete as far as reads have been applied.

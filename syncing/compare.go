@@ -97,7 +97,7 @@ func (s *session) repair(ctx context.Context, shards shardDiffs, epoch int64, op
 			})
 		}
 	}
-	syncer := &baseSyncer{set: n.set, fetch: s.source.Fetch, dest: to}
+	syncer := &baseSyncer[Chunk]{set: n.set, fetch: s.source.Fetch, dest: to}
 	owned, _ := shards.rows()
 	var done int64
 	for after, more := "", true; more; {

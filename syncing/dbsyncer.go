@@ -2,6 +2,7 @@ package syncing
 
 import (
 	"context"
+	"time"
 
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/feed"
@@ -24,6 +25,8 @@ type Target interface {
 	CopyOwners(ctx context.Context, service string) ([]string, error)
 	// DropCopies deletes up to limit copies of owner's rows and returns how many.
 	DropCopies(ctx context.Context, service, owner string, limit int) (int, error)
+	// SaveRate notes how many rows a second were written: what is RateCopy and the region that owns them.
+	SaveRate(ctx context.Context, what string, rowsPerSecond float64) error
 	// Quarantine lists rows that could not be applied, and says how many there are.
 	Quarantine(ctx context.Context, region string, limit int) ([]postgres.Quarantined, int, error)
 }
@@ -50,11 +53,15 @@ type dbSyncer struct {
 func (d *dbSyncer) put(ctx context.Context, c Chunk) error {
 	return d.s.inApplier(ctx, func(ctx context.Context) error {
 		n := d.s.n
+		began := time.Now()
 		merged, err := n.peer.cfg.Target.Merge(ctx, postgres.Batch{Peer: n.owner(d.epoch), Tuples: c.Rows, Rows: c.Count, Shards: n.shards, Empty: d.empty})
 		if err != nil {
 			return err
 		}
 		n.count(d.op, merged, len(c.Rows))
+		if err := d.s.measure(ctx, c.Count, time.Since(began)); err != nil {
+			return err
+		}
 		if d.sent != nil {
 			d.sent(c)
 		}

@@ -18,8 +18,12 @@
 //	versionset.go      the names that differ, and whether there are any
 //	basesyncer.go      fetches what a version set misses and drops what it has too much
 //	dbsyncer.go        the local database as the destination of a base syncer
+//	localnode.go       the search store of the own region: its subranges, status, drift
+//	searchsyncer.go    one subrange of it: follows the local feed, compares, audits; the search store as a destination
 //	clocks.go          pure: contact, freshness, apply lag
 //	source.go          the wire to the owner, and what its errors mean
+//	throttle.go        pure: how well both ends are -> how long bulk work rests, and why
+//	metaset.go         what the policies say; metaupdater.go carries it out for the resources owned here
 //	metrics.go, status.go
 //
 // What always holds:

@@ -516,6 +516,8 @@ func (t *memTarget) SaveCursor(_ context.Context, _, region string, shards feed.
 	return nil
 }
 
+func (t *memTarget) SaveRate(context.Context, string, float64) error { return t.fails("rate") }
+
 func (t *memTarget) CopyOwners(context.Context, string) ([]string, error) {
 	if err := t.fails("owners"); err != nil {
 		return nil, err

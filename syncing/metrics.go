@@ -17,6 +17,7 @@ type metrics struct {
 	errors      *prometheus.CounterVec
 	retries     *prometheus.CounterVec
 	mismatched  *prometheus.GaugeVec
+	throttled   *prometheus.CounterVec
 }
 
 const sourceRegion = "source_region"
@@ -35,6 +36,7 @@ func newMetrics(status func() []PeerStatus) *metrics {
 		bytes:      counter("sync_applied_bytes_total", "Bytes of rows handed to the database."),
 		errors:     counter("sync_errors_total", "Failures of sessions, questions and audits.", "reason"),
 		retries:    counter("sync_retries_total", "Sessions that were started again after a failure."),
+		throttled:  counter("sync_throttled_seconds_total", "Time for which bulk work was held back, by the reason.", "reason"),
 		mismatched: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dbcontroller_sync_mismatched_shards", Help: "Shards in which the last audit found copies that were not equal to their owner's rows; it repairs what it can."}, []string{sourceRegion, "shards"}),
 	}
 }
@@ -44,13 +46,13 @@ func (m *metrics) forget(region string) {
 	of := prometheus.Labels{sourceRegion: region}
 	m.propagation.DeletePartialMatch(of)
 	m.mismatched.DeletePartialMatch(of)
-	for _, c := range []*prometheus.CounterVec{m.rows, m.bytes, m.errors, m.retries} {
+	for _, c := range []*prometheus.CounterVec{m.rows, m.bytes, m.errors, m.retries, m.throttled} {
 		c.DeletePartialMatch(of)
 	}
 }
 
 func (m *metrics) vectors() []prometheus.Collector {
-	return []prometheus.Collector{m.propagation, m.rows, m.bytes, m.errors, m.retries, m.mismatched}
+	return []prometheus.Collector{m.propagation, m.rows, m.bytes, m.errors, m.retries, m.mismatched, m.throttled}
 }
 
 // gauge is a metric of a pair that is computed from its status.

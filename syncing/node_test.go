@@ -154,7 +154,7 @@ func bubble(t *testing.T, edit func(*world), test func(*testing.T, *world)) {
 	})
 }
 
-func TestInitialCopyThenLive(t *testing.T) {
+func TestInitialCopyThenLive(t *testing.T) { // F91, F94
 	bubble(t, nil, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
 		w.owners["eu"].save("shelves/9/books/new", book(3))
@@ -166,7 +166,7 @@ func TestInitialCopyThenLive(t *testing.T) {
 	})
 }
 
-func TestRestartResumesFromTheCursor(t *testing.T) {
+func TestRestartResumesFromTheCursor(t *testing.T) { // F94
 	bubble(t, nil, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
 		w.stop()
@@ -184,7 +184,7 @@ func TestRestartResumesFromTheCursor(t *testing.T) {
 	})
 }
 
-func TestPurgedTombstoneIsFoundByComparing(t *testing.T) {
+func TestPurgedTombstoneIsFoundByComparing(t *testing.T) { // X22, F92, F93
 	bubble(t, nil, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
 		w.stop()
@@ -213,7 +213,7 @@ func TestOwnerLosesCommits(t *testing.T) {
 	})
 }
 
-func TestRowCreatedBetweenListAndDeletionSurvives(t *testing.T) {
+func TestRowCreatedBetweenListAndDeletionSurvives(t *testing.T) { // F94, I22
 	bubble(t, nil, func(t *testing.T, w *world) {
 		eu := w.owners["eu"]
 		w.settle(5*time.Second, "eu")
@@ -277,7 +277,7 @@ func TestUnreachablePeerDelaysNobody(t *testing.T) {
 	})
 }
 
-func TestDeploymentsComeAndGo(t *testing.T) {
+func TestDeploymentsComeAndGo(t *testing.T) { // F76, F77, F102, X34, X35
 	bubble(t, func(w *world) { w.owners["ap"] = newMemOwner("ap"); w.owners["ap"].save("ap/1", "ap/2") }, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
 		w.declare("eu", "ap")
@@ -305,7 +305,7 @@ func TestDeploymentsComeAndGo(t *testing.T) {
 	})
 }
 
-func TestOwnerRemovedWhileNoProcessRan(t *testing.T) {
+func TestOwnerRemovedWhileNoProcessRan(t *testing.T) { // X35
 	bubble(t, func(w *world) { w.owners["ap"] = newMemOwner("ap"); w.owners["ap"].save("ap/1", "ap/2") }, func(t *testing.T, w *world) {
 		w.declare("eu", "ap")
 		w.settle(5*time.Second, "eu", "ap")
@@ -340,7 +340,7 @@ func TestSuspendedKeepsContactAndClocks(t *testing.T) {
 	})
 }
 
-func TestPoisonStopsOnlyItself(t *testing.T) {
+func TestPoisonStopsOnlyItself(t *testing.T) { // X26
 	bubble(t, func(w *world) { w.target.poison[book(7)] = true }, func(t *testing.T, w *world) {
 		time.Sleep(15 * time.Second)
 		w.owners["eu"].save(book(8))
@@ -360,7 +360,7 @@ func TestPoisonStopsOnlyItself(t *testing.T) {
 	})
 }
 
-func TestOneFrameAheadAndOneAtATime(t *testing.T) {
+func TestOneFrameAheadAndOneAtATime(t *testing.T) { // F95, I30
 	bubble(t, func(w *world) { w.cfg.MaxShardsPerNode = -1 }, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
 		w.target.mu.Lock()
@@ -384,7 +384,7 @@ func TestOneFrameAheadAndOneAtATime(t *testing.T) {
 	})
 }
 
-func TestAuditRepairsAndCounts(t *testing.T) {
+func TestAuditRepairsAndCounts(t *testing.T) { // F87, X25
 	registry := prometheus.NewRegistry()
 	bubble(t, func(w *world) { w.cfg.AuditInterval = time.Minute; w.cfg.Metrics = registry }, func(t *testing.T, w *world) {
 		w.settle(5*time.Second, "eu")
@@ -444,7 +444,7 @@ func mismatched(t *testing.T, g prometheus.Gatherer) float64 {
 	return sum
 }
 
-func TestReshardingKeepsCopying(t *testing.T) {
+func TestReshardingKeepsCopying(t *testing.T) { // X24, F79
 	bubble(t, nil, func(t *testing.T, w *world) {
 		for i, r := range []feed.Range{{From: 0, To: 5}, {From: 0, To: 16}, {From: 0, To: 0}, {From: 4, To: 16}, {From: 0, To: 16}} {
 			if err := w.node.UpdateShardRange(t.Context(), r); err != nil {

@@ -244,6 +244,9 @@ func (p *peer) status() PeerStatus {
 		} else {
 			all = all.worse(l)
 		}
+		if why := n.throttle(); why != "" {
+			s.Throttled = why
+		}
 		if badness[state] > badness[s.State] {
 			s.State = state
 		}

@@ -313,7 +313,7 @@ var _ = Describe("read copies", func() {
 		w.declare("eu", "us")
 	})
 
-	It("are made in bulk, follow live, and leave with the policy", func() {
+	It("are made in bulk, follow live, and leave with the policy (F91, F93, F94, F100, I22, I25)", func() {
 		all := names("a", 3000)
 		eu.save("first", everywhere, all...)
 		eu.save("hidden", []string{"eu"}, names("hidden", 50)...)
@@ -335,7 +335,7 @@ var _ = Describe("read copies", func() {
 		Expect(s.Quarantined).To(BeZero())
 	})
 
-	It("go on after a cut in mid-stream, and meanwhile say how old they are", func() {
+	It("go on after a cut in mid-stream, and meanwhile say how old they are (I28)", func() {
 		ap := w.add("ap", "ap", pgtest.Database(GinkgoTB()))
 		w.declare("eu", "us", "ap")
 		eu.save("first", everywhere, names("a", 500)...)
@@ -363,7 +363,7 @@ var _ = Describe("read copies", func() {
 		converge(us, eu)
 	})
 
-	It("survive restarts in the middle of comparing, and deletions meanwhile", func() {
+	It("survive restarts in the middle of comparing, and deletions meanwhile (X20, X21, I29)", func() {
 		all := names("a", 6000)
 		eu.save("first", everywhere, all...)
 		eu.link.SetBandwidth(2 << 20)
@@ -381,7 +381,7 @@ var _ = Describe("read copies", func() {
 		live(node, "eu")
 	})
 
-	It("are compared when the cursor is too old", func() {
+	It("are compared when the cursor is too old (X22, F92, F93)", func() {
 		all := names("a", 1000)
 		eu.save("first", everywhere, all...)
 		node, stop := us.sync(nil)
@@ -433,7 +433,7 @@ var _ = Describe("read copies", func() {
 		}
 	})
 
-	It("go on around a row that cannot be written", func() {
+	It("go on around a row that cannot be written (X26)", func() {
 		us.sql("ALTER TABLE v1.resources ADD CONSTRAINT poison CHECK (body->>'title' NOT LIKE 'bad%')")
 		all := names("a", 800)
 		eu.save("good", everywhere, all...)
@@ -451,7 +451,7 @@ var _ = Describe("read copies", func() {
 		Eventually(func() int64 { return status(node, "eu").Quarantined }, "20s").Should(BeZero())
 	})
 
-	It("never overwrite what another region owns", func() {
+	It("never overwrite what another region owns (F101, I24)", func() {
 		all := names("a", 20)
 		us.save("ours", everywhere, all[3])
 		ours, err := us.rows("owning_region = 'us'")
@@ -466,7 +466,7 @@ var _ = Describe("read copies", func() {
 		live(node, "eu")
 	})
 
-	It("come out the same from two nodes on the same shards", func() {
+	It("come out the same from two nodes on the same shards (X23, I31)", func() {
 		all := names("a", 2000)
 		eu.save("first", everywhere, all...)
 		one, _ := us.sync(nil)
@@ -480,7 +480,7 @@ var _ = Describe("read copies", func() {
 		live(two, "eu")
 	})
 
-	It("begin and end with the Deployment, without a restart", func() {
+	It("begin and end with the Deployment, without a restart (F102, X34, X35)", func() {
 		eu.save("first", everywhere, names("a", 100)...)
 		node, _ := us.sync(func(c *syncing.Config) { c.PurgeAfter = time.Second })
 		converge(us, eu)
@@ -494,7 +494,7 @@ var _ = Describe("read copies", func() {
 		converge(us, eu)
 	})
 
-	It("are repaired by the audit when somebody edits them", func() {
+	It("are repaired by the audit when somebody edits them (F87, X25, I22)", func() {
 		all := names("a", 300)
 		eu.save("first", everywhere, all...)
 		node, _ := us.sync(func(c *syncing.Config) { c.AuditInterval = time.Second })

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -154,7 +155,7 @@ func TestDifferingDigests(t *testing.T) {
 	}
 }
 
-func TestVersionSet(t *testing.T) {
+func TestVersionSet(t *testing.T) { // F83, F84, F86, F88, F89
 	var told []bool
 	s := NewVersionSet(func(ready bool) { told = append(told, ready) })
 	s.SetSource("a", v(1, 2))
@@ -188,7 +189,7 @@ func TestVersionSet(t *testing.T) {
 }
 
 // The set holds exactly the names whose two sides differ, and is ready exactly when there are none.
-func TestVersionSetAgainstMaps(t *testing.T) {
+func TestVersionSetAgainstMaps(t *testing.T) { // F83, F84, F88, F89
 	rapid.Check(t, func(t *rapid.T) {
 		ready := false
 		s := NewVersionSet(func(r bool) {
@@ -263,7 +264,7 @@ func TestVersionSetAgainstMaps(t *testing.T) {
 	})
 }
 
-func TestSubranges(t *testing.T) {
+func TestSubranges(t *testing.T) { // F79
 	for _, tc := range []struct {
 		shards feed.Range
 		width  int
@@ -406,4 +407,70 @@ func TestClocks(t *testing.T) {
 		s.pair.ping(s.at(2), s.at(2), s.at(2)) // an hour less than before
 		s.expect(5, "4s", "0s", 0)
 	})
+}
+
+// Any goroutine may call the set, and the listener hears of changes in their order (F85, F90): a set per destination is used by the tail, the comparison and the status at once.
+func TestVersionSetIsSafeForConcurrentUse(t *testing.T) {
+	last := false
+	s := NewVersionSet(func(ready bool) {
+		if ready == last {
+			t.Errorf("told twice that ready is %t", ready)
+		}
+		last = ready
+	})
+	s.SetSourceInSync(true)
+	var all sync.WaitGroup
+	for worker := range 8 {
+		all.Go(func() {
+			for i := range 500 {
+				name := fmt.Sprintf("w%d/%d", worker, i%50)
+				s.SetSource(name, v(1, int64(i)+1))
+				s.CollectMatching(fmt.Sprintf("w%d/", worker), Difference.missing, 10)
+				s.Len()
+				s.SetSynced(name, v(1, int64(i)+1))
+				if i%10 == 0 {
+					s.DelSource(name)
+					s.DelSynced(name)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if m, e := s.Len(); m+e != 0 || !last {
+		t.Errorf("%d missing, %d extra, ready %t", m, e, last)
+	}
+}
+
+func TestThrottle(t *testing.T) {
+	for _, c := range []struct {
+		health health
+		rest   time.Duration
+		why    Throttle
+	}{
+		{health{}, 0, ""},
+		{health{target: slowTarget, source: slowSource}, 0, ""},
+		{health{liveWaits: true}, liveTurn, LiveWaits},
+		{health{liveWaits: true, target: time.Second}, time.Second, TargetSlow},
+		{health{target: time.Minute}, maxThrottle, TargetSlow},
+		{health{source: 700 * time.Millisecond}, 700 * time.Millisecond, SourceSlow},
+		{health{source: time.Minute, liveWaits: true}, maxThrottle, SourceSlow},
+	} {
+		if rest, why := throttle(c.health); rest != c.rest || why != c.why {
+			t.Errorf("%+v: rest %s because of %q, want %s because of %q", c.health, rest, why, c.rest, c.why)
+		}
+	}
+}
+
+func TestRateIsOfBusyTime(t *testing.T) {
+	var r rate
+	now := time.Unix(1000, 0)
+	if _, due := r.add(measurable-1, time.Second, now); due {
+		t.Error("too few rows make a rate")
+	}
+	if got, due := r.add(measurable+1, time.Second, now.Add(time.Hour)); !due || got != measurable {
+		t.Errorf("rate %v, due %t; an idle hour must not count", got, due)
+	}
+	if _, due := r.add(10*measurable, time.Second, now.Add(time.Hour+rateInterval/2)); due {
+		t.Error("stored twice within the interval")
+	}
 }

@@ -27,6 +27,7 @@ type remoteNode struct {
 	progress float64
 	toCopy   int64  // rows of an initial copy that are still to come
 	failing  Reason // of the last failure; empty after a success
+	held     Throttle
 }
 
 func newRemoteNode(p *peer, shards feed.Range) *remoteNode {
@@ -112,6 +113,19 @@ func (n *remoteNode) failed(err error) {
 		level = slog.LevelDebug // a peer that is away for an hour fills no log
 	}
 	n.log.Log(context.Background(), level, "copying failed, will be retried", "reason", reason, "error", err)
+}
+
+// throttled notes whether bulk work is held back.
+func (n *remoteNode) throttled(why Throttle) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.held = why
+}
+
+func (n *remoteNode) throttle() Throttle {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.held
 }
 
 // progressed notes how much of a comparison is done.

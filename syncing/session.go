@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -28,12 +29,14 @@ type session struct {
 	frames  chan *Frame   // unbuffered: the reader holds one frame while another is applied
 	work    chan func(context.Context)
 	caught  watermark
+	took    atomic.Int64 // nanoseconds of the last piece of bulk work
 
 	// Of the applier only.
 	proven bool // nothing before the tail is missing, so its cursor may be stored
 	cursor feed.Cursor
 	saved  time.Time
 	dirty  bool // rows were applied since the cursor was stored
+	rate   rate
 }
 
 func (n *remoteNode) session(ctx context.Context, source Source, from feed.Cursor, proven bool) error {
@@ -109,11 +112,19 @@ func (s *session) apply(ctx context.Context) error {
 	}
 }
 
-// inApplier runs do in the applier and returns its error.
+// inApplier runs a piece of bulk work in the applier and returns its error.
 func (s *session) inApplier(ctx context.Context, do func(context.Context) error) error {
+	if err := s.pace(ctx); err != nil {
+		return err
+	}
 	done := make(chan error, 1)
 	select {
-	case s.work <- func(ctx context.Context) { done <- do(ctx) }:
+	case s.work <- func(ctx context.Context) {
+		began := time.Now()
+		err := do(ctx)
+		s.took.Store(int64(time.Since(began)))
+		done <- err
+	}:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -143,11 +154,15 @@ func (s *session) applyFrame(ctx context.Context, f *Frame) error {
 		if save {
 			batch.Cursor = s.cursor
 		}
+		began := time.Now()
 		merged, err := target.Merge(ctx, batch)
 		if err != nil {
 			return fmt.Errorf("apply %d changes of %s: %w", f.RowCount, n, err)
 		}
 		n.count(opTail, merged, len(f.Rows))
+		if err := s.measure(ctx, f.RowCount, time.Since(began)); err != nil {
+			return err
+		}
 		s.dirty = true
 	case save:
 		if err := target.SaveCursor(ctx, owner.Service, owner.Region, n.shards, s.cursor); err != nil {
@@ -169,6 +184,19 @@ func (s *session) applyFrame(ctx context.Context, f *Frame) error {
 		}
 	} else if s.proven {
 		n.enter(CatchingUp)
+	}
+	return nil
+}
+
+// measure stores, now and then, how many rows a second the database takes: estimates need it.
+func (s *session) measure(ctx context.Context, rows int, took time.Duration) error {
+	n := s.n
+	perSecond, due := s.rate.add(rows, took, n.now())
+	if !due {
+		return nil
+	}
+	if err := n.peer.cfg.Target.SaveRate(ctx, RateCopy+n.peer.key.Region, perSecond); err != nil {
+		return fmt.Errorf("store the rate of %s: %w", n, err)
 	}
 	return nil
 }
@@ -230,6 +258,7 @@ func (s *session) prove(ctx context.Context) error {
 		return fmt.Errorf("store cursor of %s: %w", n, err)
 	}
 	s.saved, s.dirty = n.now(), false
+	n.throttled("")
 	n.clock.proved()
 	n.enter(Live)
 	return nil

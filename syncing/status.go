@@ -47,6 +47,8 @@ type PeerStatus struct {
 	// ClockOffset is the peer's clock minus ours.
 	ClockOffset *time.Duration
 	Suspended   bool
+	// Throttled says why an initial copy or a comparison is held back; empty while none is.
+	Throttled Throttle
 	// LastError and its time; empty when nothing has failed since the peer is Live.
 	LastError     string
 	LastErrorTime time.Time
@@ -71,11 +73,12 @@ func (s PeerStatus) MarshalJSON() ([]byte, error) {
 		Progress      float64    `json:"progress"`
 		ClockOffset   *float64   `json:"clockOffsetSeconds"`
 		Suspended     bool       `json:"suspended"`
+		Throttled     Throttle   `json:"throttled,omitempty"`
 		LastError     string     `json:"lastError,omitempty"`
 		LastErrorTime *time.Time `json:"lastErrorTime,omitempty"`
 	}{
 		s.Service, s.Region, s.State, seconds(s.ContactAge), seconds(s.Freshness), seconds(s.ApplyLag), s.PendingRows, s.RowsApplied,
-		s.Quarantined, s.Progress, seconds(s.ClockOffset), s.Suspended, s.LastError, failedAt,
+		s.Quarantined, s.Progress, seconds(s.ClockOffset), s.Suspended, s.Throttled, s.LastError, failedAt,
 	})
 }
 

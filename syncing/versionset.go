@@ -11,6 +11,10 @@ import (
 // VersionSet compares one source with one destination by the versions of names. It holds only the names that differ: a name that is not in
 // it is equal on both sides, as the digests said. So its memory follows the backlog, not the database.
 //
+// The interface of the protocol (spec 5.5) is all here, in this form: each destination has a set of its own, so SetSynced and DelSynced of the set whose
+// destination is a search store are SetSearch and DelSearch; instead of listening for changes of the source, a syncer collects what differs; the
+// size of the source is checked by digests, which also find what a count does not (audit); and a lock takes the place of a goroutine that runs.
+//
 // All methods may be called from any goroutine. Listeners are called in the goroutine that made the change, in the order of changes.
 type VersionSet struct {
 	ready func(bool) // may be nil

@@ -8,6 +8,8 @@
 //	status.go     what /statusz of running processes says
 //	why.go        what an API server knows of one resource
 //	plandelete.go what a deletion would take along
+//	verify.go     whether read copies are what their owners have, and their repair
+//	residency.go  what a region holds, and that it may
 package main
 
 import (
@@ -75,7 +77,7 @@ written in one region appears as a read copy in the regions that its policy name
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newWhy(), newPlanDelete(), newRaiseEpoch(), newVersion())
+	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newWhy(), newPlanDelete(), newWhatIf(), newVerify(), newResidency(), newRaiseEpoch(), newVersion())
 	return root
 }
 

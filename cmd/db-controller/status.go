@@ -1,16 +1,19 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 )
 
 // peerStatus and statusz are what /statusz sends.
@@ -109,21 +112,17 @@ func newLag() *cobra.Command {
 
   contact     since the owner last answered
   freshness   the age of the owner's state that is completely applied here; it grows while the owner is away
-  apply lag   the age of the oldest change that has arrived and is not applied`,
+  apply lag   the age of the oldest change that has arrived and is not applied
+
+With --watch a terminal shows the present state in place; elsewhere each repetition adds lines that begin with the time.`,
 		Example: `  db-controller lag
   db-controller lag --watch --endpoint http://10.0.0.7:8081,http://10.0.1.7:8081`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			for {
-				if err := show(cmd, e, output, writeLag); err != nil || !watch {
-					return err
-				}
-				select {
-				case <-cmd.Context().Done():
-					return nil
-				case <-time.After(every):
-				}
+			if !watch {
+				return show(cmd, e, output, writeLag)
 			}
+			return watchLag(cmd, e, output, every)
 		},
 	}
 	e.flag(cmd)
@@ -133,9 +132,98 @@ func newLag() *cobra.Command {
 	return cmd
 }
 
-func show(cmd *cobra.Command, e endpoints, output string, table func(io.Writer, statusz)) error {
+// watchLag repeats until it is interrupted. Only the first answer must come: later a manager may restart.
+func watchLag(cmd *cobra.Command, e endpoints, output string, every time.Duration) error {
+	if err := checkOutput(output); err != nil {
+		return err
+	}
+	if every <= 0 {
+		return usageError{fmt.Errorf("--every %v: must be more than zero, for example 1s", every)}
+	}
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for first := true; ; first = false {
+		s, err := e.read(cmd.Context())
+		if cmd.Context().Err() != nil {
+			return nil
+		}
+		if err != nil && first {
+			return err
+		}
+		if err := drawLag(cmd.OutOrStdout(), cmd.ErrOrStderr(), output, first, time.Now(), s, err); err != nil {
+			return err
+		}
+		select {
+		case <-cmd.Context().Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// What a terminal does with these: back to the upper left corner and clear; erase what is left of the line; erase everything below.
+const (
+	clearScreen = "\x1b[H\x1b[2J"
+	toCorner    = "\x1b[H"
+	clearLine   = "\x1b[K"
+	clearBelow  = "\x1b[J"
+)
+
+// drawLag shows one repetition; failed is why there is no new state.
+func drawLag(out, errOut io.Writer, output string, first bool, now time.Time, s statusz, failed error) (err error) {
+	f, isFile := out.(*os.File)
+	terminal := isFile && output == "table" && term.IsTerminal(int(f.Fd()))
+	switch {
+	case failed != nil && !terminal:
+		_, err = fmt.Fprintln(errOut, failed)
+		return err
+	case output == "json":
+		return json.NewEncoder(out).Encode(s)
+	}
+	var table bytes.Buffer
+	w := tabwriter.NewWriter(&table, 0, 0, 3, ' ', 0)
+	writeLag(w, s)
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	var text strings.Builder
+	if terminal {
+		text.WriteString(toCorner)
+		if first {
+			text.WriteString(clearScreen)
+		}
+		fmt.Fprintf(&text, "%s%s\n\n", now.Format(time.TimeOnly), clearLine)
+		if failed != nil {
+			fmt.Fprintf(&text, "%v%s\n", failed, clearLine)
+		}
+		text.WriteString(strings.ReplaceAll(table.String(), "\n", clearLine+"\n"))
+		text.WriteString(clearBelow)
+	} else {
+		stamp := now.UTC().Format(time.RFC3339)
+		for i, line := range strings.SplitAfter(table.String(), "\n") {
+			switch {
+			case line == "":
+			case i > 0:
+				text.WriteString(stamp + "   " + line)
+			case first:
+				fmt.Fprintf(&text, "%-*s   %s", len(stamp), "TIME", line)
+			}
+		}
+	}
+	_, err = io.WriteString(out, text.String())
+	return err
+}
+
+func checkOutput(output string) error {
 	if output != "table" && output != "json" {
 		return usageError{fmt.Errorf("--output %q: is neither table nor json", output)}
+	}
+	return nil
+}
+
+func show(cmd *cobra.Command, e endpoints, output string, table func(io.Writer, statusz)) error {
+	if err := checkOutput(output); err != nil {
+		return err
 	}
 	s, err := e.read(cmd.Context())
 	if err != nil {

@@ -64,8 +64,14 @@ type source struct {
 	metrics prometheus.Gatherer
 }
 
+// operated is what the controllers ask of the Deployments that run here: fleet.Fleet.
+type operated interface {
+	controllers.StatusSource
+	controllers.Verifier
+}
+
 // open returns the source. status, unless nil, makes it write the status of our Deployments back.
-func (t *topology) open(reg *registry.Registry, log *slog.Logger, status controllers.StatusSource) (*source, error) {
+func (t *topology) open(reg *registry.Registry, log *slog.Logger, status operated) (*source, error) {
 	if t.region == "" {
 		return nil, usageError{errors.New("--region is required: the region whose Deployments run here, for example --region eu")}
 	}
@@ -84,7 +90,7 @@ func (t *topology) open(reg *registry.Registry, log *slog.Logger, status control
 	return t.openKubernetes(reg, log, status)
 }
 
-func (t *topology) openKubernetes(reg *registry.Registry, log *slog.Logger, status controllers.StatusSource) (*source, error) {
+func (t *topology) openKubernetes(reg *registry.Registry, log *slog.Logger, status operated) (*source, error) {
 	ctrl.SetLogger(logr.FromSlogHandler(log.Handler()))
 	klog.SetLogger(logr.FromSlogHandler(log.Handler()))
 	config, err := t.restConfig()
@@ -117,7 +123,7 @@ func (t *topology) openKubernetes(reg *registry.Registry, log *slog.Logger, stat
 		return nil, fmt.Errorf("connect to Kubernetes: %w", err)
 	}
 	if status != nil {
-		err = controllers.Add(mgr, controllers.Options{Region: t.region, Registry: reg, Status: status})
+		err = controllers.Add(mgr, controllers.Options{Region: t.region, Registry: reg, Status: status, Verifier: status})
 	} else {
 		err = controllers.AddTopology(mgr, reg)
 	}
@@ -149,6 +155,7 @@ func (t *tuning) flags(f *pflag.FlagSet) {
 func (t *tuning) managerFlags(f *pflag.FlagSet) {
 	f.IntVar(&t.MaxShardsPerNode, "max-shards-per-node", 0, "widest `range` of shards that one stream copies; 0: 2048, negative: no limit")
 	f.DurationVar(&t.AuditInterval, "audit-interval", 0, "how often live copies are compared with their owner; 0: 10m, negative: never")
+	f.DurationVar(&t.VerifyInterval, "verify-interval", 0, "how often all copies are compared with their owner by content; 0: 1h, negative: never")
 	f.DurationVar(&t.PurgeAfter, "purge-after", 0, "how long copies outlive the removal of their owner's Deployment; 0: 24h, negative: for ever")
 	f.DurationVar(&t.Retention, "tombstone-retention", 0, "how long deletions are remembered; a region that is away for longer compares when it comes back; 0: 24h")
 }
@@ -215,7 +222,7 @@ func serveFleet(ctx context.Context, t *topology, o *ops, cfg fleet.Config) erro
 	late := &lateSecrets{}
 	cfg.Secrets = late
 	f := fleet.New(cfg)
-	var status controllers.StatusSource
+	var status operated
 	if cfg.Manages {
 		status = f
 	}

@@ -48,37 +48,46 @@ func (s *server) flags(cmd *cobra.Command) {
 	f.StringVarP(&s.output, "output", "o", "text", "text or json")
 }
 
-// client checks the flags.
+// client returns the client for the flags.
 func (s *server) client() (dbcontrollerv1connect.ResourcesClient, error) {
+	h, base, err := s.connection()
+	if err != nil {
+		return nil, err
+	}
+	return dbcontrollerv1connect.NewResourcesClient(h, base), nil
+}
+
+// connection checks the flags.
+func (s *server) connection() (*http.Client, string, error) {
 	if s.output != "text" && s.output != "json" {
-		return nil, usageError{fmt.Errorf("--output %q: is neither text nor json", s.output)}
+		return nil, "", usageError{fmt.Errorf("--output %q: is neither text nor json", s.output)}
 	}
 	u, err := url.Parse(s.url)
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return nil, usageError{fmt.Errorf("--server %q: is no URL such as https://eu.packages.example.com:8443", s.url)}
+		return nil, "", usageError{fmt.Errorf("--server %q: is no URL such as https://eu.packages.example.com:8443", s.url)}
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS13}
 	if (s.cert == "") != (s.key == "") {
-		return nil, usageError{errors.New("--cert and --key belong together: give both")}
+		return nil, "", usageError{errors.New("--cert and --key belong together: give both")}
 	}
 	if s.cert != "" {
 		pair, err := tls.LoadX509KeyPair(s.cert, s.key)
 		if err != nil {
-			return nil, fmt.Errorf("read --cert and --key: %w", err)
+			return nil, "", fmt.Errorf("read --cert and --key: %w", err)
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
 	if s.cacert != "" {
 		pem, err := os.ReadFile(s.cacert)
 		if err != nil {
-			return nil, fmt.Errorf("read --cacert: %w", err)
+			return nil, "", fmt.Errorf("read --cacert: %w", err)
 		}
 		if config.RootCAs = x509.NewCertPool(); !config.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("read --cacert: no certificate in %s", s.cacert)
+			return nil, "", fmt.Errorf("read --cacert: no certificate in %s", s.cacert)
 		}
 	}
 	transport := &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true, DisableKeepAlives: true, Proxy: http.ProxyFromEnvironment}
-	return dbcontrollerv1connect.NewResourcesClient(&http.Client{Transport: transport}, strings.TrimSuffix(s.url, "/")), nil
+	return &http.Client{Transport: transport}, strings.TrimSuffix(s.url, "/"), nil
 }
 
 // failed says what to do about the error of a call.
@@ -220,10 +229,8 @@ func regionRows(e *v1.Explanation) (rows [][]string) {
 		}
 		row := []string{r.GetRegion(), held, verdict(e, r, owner) + since(", ", r.GetUpdateTime())}
 		rows = append(rows, row)
-		if q := r.GetQuarantine(); q != nil && q.GetResourceVersion() != "" {
+		if q := r.GetQuarantine(); q != nil {
 			rows = append(rows, []string{"", "", fmt.Sprintf("could not apply version %s of epoch %d (%d tries): %s", q.GetResourceVersion(), q.GetEpoch(), q.GetTries(), q.GetCause())})
-		} else if q != nil {
-			rows = append(rows, []string{"", "", "quarantine " + q.GetCause()})
 		}
 	}
 	return rows
@@ -290,7 +297,10 @@ func incomingRows(e *v1.Explanation) (rows [][]string) {
 			what = append(what, "is owned")
 		}
 		if what == nil {
-			what = []string{"may refer to it"}
+			what = []string{"refers to it"} // in its own database: the referrers say how
+			if in.GetAwaited() {
+				what = []string{"may refer to it"}
+			}
 		}
 		row := []string{in.GetLocation(), strings.Join(what, ", ")}
 		if in.GetAwaited() {

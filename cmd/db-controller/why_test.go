@@ -35,7 +35,6 @@ func TestExplanationAsText(t *testing.T) {
 				{Region: "dn", Error: "it cannot be reached"},
 				{Region: "no"},
 				{Region: "qu", Expected: true, Quarantine: &v1.QuarantinedVersion{ResourceVersion: "10", Epoch: 2, Cause: "value too long", Tries: 3}},
-				{Region: "un", Expected: true, Quarantine: &v1.QuarantinedVersion{Cause: "unknown: 2000 rows are in quarantine, and this one may be among them"}},
 			},
 			References: []*v1.OutgoingReference{
 				{Kind: "parent", Field: "name", Target: "sections/admin", Location: "packages.example.com/eu", OnTargetDeleted: "Block"},
@@ -67,8 +66,6 @@ Regions       eu  version 10 of epoch 2  owner, 2026-11-21T12:00:00Z
               no  nothing                not meant to be there
               qu  nothing                has not arrived
                                          could not apply version 10 of epoch 2 (3 tries): value too long
-              un  nothing                has not arrived
-                                         quarantine unknown: 2000 rows are in quarantine, and this one may be among them
 Refers to     sections/admin  in packages.example.com/eu  name                      Block
               projects/p      in secrets.example.com/us   key                       Cascade, not confirmed there yet
               sources/apt     in packages.example.com/eu  metadata.ownerReferences  owner
@@ -83,7 +80,6 @@ Pending       CONFIRM_BLOCKADES, CHECK_META_OWNERS, since 2026-11-21T12:00:00Z
               next retry: 2026-11-21T12:00:00Z
 Next          region dn: ask it alone, with --local and its own --server
               region qu: remove the cause there; the next version of the resource is tried again
-              region un: remove the cause there; the next version of the resource is tried again
               nothing: it is tried again by itself, once the error above is cured
 `},
 		{"a deleted name that is not free yet", &v1.Explanation{

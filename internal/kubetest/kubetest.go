@@ -60,6 +60,15 @@ func (c *Cluster) As(user string) (*rest.Config, error) {
 	return u.Config(), nil
 }
 
+// Kubeconfig returns a kubeconfig file with which such a user reaches the API server.
+func (c *Cluster) Kubeconfig(user string) ([]byte, error) {
+	u, err := c.env.AddUser(envtest.User{Name: user}, nil)
+	if err != nil {
+		return nil, fmt.Errorf("add user %s: %w", user, err)
+	}
+	return u.KubeConfig()
+}
+
 func findAssets(root string) (string, error) {
 	if dir := os.Getenv("KUBEBUILDER_ASSETS"); dir != "" {
 		return dir, nil

@@ -457,3 +457,14 @@ func (s *Store) Quarantine(ctx context.Context, region string, limit int) (rows 
 	})
 	return rows, total, wrap(err, "list quarantine")
 }
+
+// QuarantineOf returns the version of a resource that could not be applied, nil if there is none; of several sources the one that was tried last.
+func (s *Store) QuarantineOf(ctx context.Context, name string) (*Quarantined, error) {
+	q := Quarantined{Name: name}
+	err := s.pool.QueryRow(ctx, `SELECT source_region, epoch, resource_version, cause, tries FROM ctl.quarantine
+		WHERE version = $1 AND name = $2 ORDER BY last_seen DESC LIMIT 1`, s.cfg.Version, name).Scan(&q.SourceRegion, &q.Version.Epoch, &q.Version.Number, &q.Cause, &q.Tries)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, nil
+	}
+	return &q, wrap(err, "look up %s in quarantine", name)
+}

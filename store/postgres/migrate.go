@@ -99,7 +99,7 @@ func migrate(ctx context.Context, conf *pgx.ConnConfig, cfg Config) (err error) 
 				return fmt.Errorf("migration %s of %s: %w", m.name, m.scope, err)
 			}
 		}
-		return register(ctx, tx, cfg, len(ctl), len(version))
+		return register(ctx, tx, cfg, ctl[len(ctl)-1].number, version[len(version)-1].number)
 	})
 }
 

@@ -424,7 +424,7 @@ var _ = Describe("references", func() {
 			}
 			refs, next, err := s.ReferencesTo(ctx, elsewhere, "", 2)
 			ok(err)
-			Expect(refs).To(Equal([]store.Confirmed{{Referrer: "shelves/r0", Name: "shelves/far", Subscriber: true}, {Referrer: "shelves/r1", Name: "shelves/far", Subscriber: true}}))
+			Expect(refs).To(Equal([]store.Confirmed{{Referrer: "shelves/r0", Name: "shelves/far", Subscriber: true, Field: "far"}, {Referrer: "shelves/r1", Name: "shelves/far", Subscriber: true, Field: "far"}}))
 			Expect(next).To(Equal("shelves/r1"))
 			refs, next, err = s.ReferencesTo(ctx, elsewhere, "shelves/r1", 10)
 			ok(err)

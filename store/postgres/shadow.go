@@ -346,6 +346,12 @@ func (s *Store) ExpiredBlockades(ctx context.Context, shards feed.Range, limit i
 	return all, wrap(err, "list expired blockades")
 }
 
+// Blockades counts the tentative blockades that are held, expired ones among them.
+func (s *Store) Blockades(ctx context.Context, shards feed.Range) (held int, err error) {
+	err = s.pool.QueryRow(ctx, "SELECT count(*) FROM blockades WHERE shard >= $1 AND shard < $2", shards.From, shards.To).Scan(&held)
+	return held, wrap(err, "count blockades")
+}
+
 const blockadeColumns = "name, location, referrer, tx_id::text, attempt, expires_at"
 
 func scanBlockade(r pgx.CollectableRow) (b store.Blockade, err error) {
@@ -435,13 +441,13 @@ func scanIncoming(r pgx.CollectableRow) (i store.Incoming, err error) {
 // ReferencesTo returns the established references to a Deployment, a page in the order of referrers, and the referrer that the next page begins after, empty at
 // the end. A referrer is never split.
 func (s *Store) ReferencesTo(ctx context.Context, at store.Location, after string, limit int) (refs []store.Confirmed, next string, err error) {
-	rows, err := s.pool.Query(ctx, `SELECT referrer, target, bool_or(behavior = 1), bool_or(behavior IN (2, 3, 4, 5)) FROM refs
+	rows, err := s.pool.Query(ctx, `SELECT referrer, target, bool_or(behavior = 1), bool_or(behavior IN (2, 3, 4, 5)), coalesce(min(field) FILTER (WHERE behavior = 1), min(field)) FROM refs
 		WHERE location = $1 AND kind <> 2 AND behavior <> 6 AND referrer > $2 GROUP BY referrer, target ORDER BY referrer FETCH FIRST ($3::bigint) ROWS WITH TIES`, at.String(), after, limit)
 	if err != nil {
 		return nil, "", wrap(err, "list references to %s", at)
 	}
 	refs, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (c store.Confirmed, err error) {
-		err = r.Scan(&c.Referrer, &c.Name, &c.Blocking, &c.Subscriber)
+		err = r.Scan(&c.Referrer, &c.Name, &c.Blocking, &c.Subscriber, &c.Field)
 		return c, err
 	})
 	if len(refs) >= limit {

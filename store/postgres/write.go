@@ -204,7 +204,7 @@ func (s *Store) shard(name string) int32 {
 var errReread = errors.New("changed since it was read")
 
 func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bool) ([]store.Result, error) {
-	whole, merged, err := s.unmask(ctx, writes)
+	whole, outdated, err := store.Unmask(ctx, s, writes)
 	if err != nil {
 		return nil, err
 	}
@@ -241,11 +241,8 @@ func (s *Store) tryWrite(ctx context.Context, writes []store.Write, lockFirst bo
 		err = cerr
 	}
 	err = refs.refusal(err)
-	if err != nil && merged != nil && store.CodeOf(err) == store.Aborted {
-		var se *store.Error
-		if errors.As(err, &se) && merged[se.Name] {
-			return nil, errReread // the caller did not ask for that version, we did
-		}
+	if err != nil && outdated(err) {
+		return nil, errReread // the caller did not ask for that version, we did
 	}
 	if err != nil {
 		return nil, err
@@ -283,44 +280,6 @@ func (s *Store) queueCascade(b *pgx.Batch, writes []store.Write) {
 	if len(names) > 0 {
 		b.Queue(cascadeSQL, others, names, async, epochs, numbers)
 	}
-}
-
-// unmask turns masked writes into writes of the whole resource at the version that was read. merged holds the names whose IfVersion is
-// ours and not the caller's.
-func (s *Store) unmask(ctx context.Context, writes []store.Write) (whole []store.Write, merged map[string]bool, err error) {
-	var names []string
-	for _, w := range writes {
-		if w.Op != store.Delete && w.Op != store.Create && !store.MaskAll(w.Mask) {
-			names = append(names, w.Name)
-		}
-	}
-	if names == nil {
-		return writes, nil, nil
-	}
-	stored, err := s.BatchGet(ctx, names)
-	if err != nil {
-		return nil, nil, err
-	}
-	byName := make(map[string]*store.Resource, len(stored))
-	for _, r := range stored {
-		if r != nil {
-			byName[r.Name] = r
-		}
-	}
-	merged = map[string]bool{}
-	for _, w := range writes {
-		if old := byName[w.Name]; old != nil && !store.MaskAll(w.Mask) {
-			if w, err = store.ApplyMask(old, w); err != nil {
-				return nil, nil, err
-			}
-			if w.IfVersion == (store.Version{}) {
-				w.IfVersion = old.Version
-				merged[w.Name] = true
-			}
-		}
-		whole = append(whole, w)
-	}
-	return whole, merged, nil
 }
 
 // statement returns the statement for writes and its parameters.

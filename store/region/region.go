@@ -5,11 +5,14 @@
 //   - saving an unchanged resource refreshes a stale metadata.syncing
 //   - one transaction writes resources of one policy holder, besides global ones
 //   - nothing is created in a region that its policy does not enable
+//   - no policy is changed so that a region would own what it may not own any more, if a Census is there to ask
 package region
 
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 
 	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/store"
@@ -28,7 +31,15 @@ type Store struct {
 	region   string
 	version  func() *descriptor.Version
 	policies policies
+	census   Census // may be nil
 }
+
+// Census asks a region what it owns under a policy holder and is governed by its policy. It must answer itself for the own region. An error means that nobody knows;
+// a region without a Deployment owns nothing.
+type Census func(ctx context.Context, region, holder string) ([]store.Holding, error)
+
+// Guard makes the layer ask before it saves a policy that takes something from a region. Call it before the layer is used.
+func (s *Store) Guard(c Census) { s.census = c }
 
 // Layer puts the layer for the Deployment in region on top of next.
 func Layer(next store.Store, region string, version func() *descriptor.Version, p policies) *Store {
@@ -101,6 +112,9 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 		if placed[i], err = s.place(ctx, w, n, pending); err != nil {
 			return nil, err
 		}
+		if err := s.guard(ctx, w, n); err != nil {
+			return nil, err
+		}
 	}
 	results, err := s.next.BatchWrite(ctx, placed)
 	for _, h := range holders { // also after an error: the write may have been applied
@@ -142,6 +156,41 @@ func (s *Store) place(ctx context.Context, w store.Write, n descriptor.Name, pen
 		return w, s.refuseCreation(ctx, w, owner)
 	}
 	return w, nil
+}
+
+// guard refuses a change of a policy that would leave resources with a region that may not own them any more (spec 4.9). It looks before the
+// transaction: what is created in that moment elsewhere is not seen, and is reported as misplaced when the policy is carried out.
+func (s *Store) guard(ctx context.Context, w store.Write, n descriptor.Name) error {
+	if s.census == nil || w.Op == store.Delete || w.Op == store.Create || !n.Type.IsPolicyHolder() {
+		return nil
+	}
+	old, err := s.next.Get(ctx, n.Full)
+	if store.CodeOf(err) == store.NotFound {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if !store.MaskAll(w.Mask) {
+		if w, err = store.ApplyMask(old, w); err != nil {
+			return err
+		}
+	}
+	was, _ := n.Type.PolicyOf(old.Body)
+	now, _ := n.Type.PolicyOf(w.Body) // its faults are reported where the body is validated
+	var why []string
+	for _, region := range policy.Concerned(was, now) {
+		owned, err := s.census(ctx, region, n.Full)
+		if err != nil {
+			return &store.Error{Code: store.Unavailable, Name: n.Full, Cause: err,
+				Reason: fmt.Sprintf("region %s must say whether it owns resources that this policy takes from it, and cannot be asked: repeat later", region)}
+		}
+		why = append(why, policy.Orphans(region, owned, now)...)
+	}
+	if len(why) > 0 {
+		return store.Errorf(store.FailedPrecondition, n.Full, "this policy would orphan resources: %s", strings.Join(why, "; "))
+	}
+	return nil
 }
 
 // refuseCreation allows a write in a region that the policy does not enable only if the resource exists already.

@@ -171,6 +171,83 @@ var _ = Describe("the region layer", func() {
 		}
 	})
 
+	It("refuses a policy that would orphan resources, and says why and how many there are (F36, spec 4.9)", func(ctx SpecContext) {
+		all := `{"policy":{"enabledRegions":["ap","eu","us"],"defaultControlRegion":"eu"}}`
+		create(ctx, "folders/f", all)
+		create(ctx, "folders/other", all)
+		for i := range 3 {
+			create(ctx, fmt.Sprintf("folders/f/documents/d%d", i), `{}`)
+			create(ctx, fmt.Sprintf("folders/other/documents/d%d", i), `{}`)
+		}
+		create(ctx, "folders/f/regions/eu/sites/s", `{}`)
+		var asked []string
+		var silent error
+		s.Guard(func(ctx context.Context, region, holder string) ([]store.Holding, error) {
+			asked = append(asked, region)
+			if region != "eu" {
+				return []store.Holding{{Type: "Site", Regional: true, Regions: []string{"eu", "us"}, Rows: 7, Example: "folders/f/regions/us/sites/s"}}, silent
+			}
+			return policy.Holdings(ctx, version, core, holder, false)
+		})
+		save := func(p string) error {
+			asked = nil
+			_, err := write(ctx, store.Save, "folders/f", `{"policy":`+p+`}`)
+			return err
+		}
+		err := save(`{"enabledRegions":["ap","eu"],"defaultControlRegion":"eu"}`)
+		Expect(code(err)).To(Equal(store.FailedPrecondition))
+		Expect(err).To(MatchError(ContainSubstring("region us, which it does not enable any more, still owns 7 resources (7 Site)")))
+		Expect(asked).To(Equal([]string{"us"}), "nobody else is asked")
+
+		err = save(`{"enabledRegions":["ap","eu","us"],"defaultControlRegion":"ap"}`)
+		Expect(code(err)).To(Equal(store.FailedPrecondition))
+		Expect(err).To(MatchError(ContainSubstring("region eu still owns 3 resources without a region in their names (3 Document), which would belong to ap")))
+
+		_, err = store.Apply(ctx, s, store.Write{Op: store.Update, Name: "folders/f", Mask: []string{"policy.enabledRegions"}, Body: []byte(`{"policy":{"enabledRegions":["eu"]}}`)})
+		Expect(code(err)).To(Equal(store.FailedPrecondition), "a mask does not hide it")
+
+		silent = store.Errorf(store.Unavailable, "", "away")
+		err = save(`{"enabledRegions":["ap","eu"],"defaultControlRegion":"eu"}`)
+		Expect(code(err)).To(Equal(store.Unavailable), "no answer is no permission")
+
+		Expect(save(`{"enabledRegions":["ap","eu","us"],"defaultControlRegion":"eu","criteriaForDisabledSync":[{"destRegion":"us"}]}`)).To(Succeed())
+		Expect(asked).To(BeEmpty(), "it takes nothing from anybody")
+		r, err := s.Get(ctx, "folders/f")
+		Expect(err).NotTo(HaveOccurred())
+		Expect(r.Version.Number).To(Equal(int64(2)), "what was refused was not written")
+	})
+
+	It("measures what is owned under a policy, by type and regions, without what a nearer holder governs", func(ctx SpecContext) {
+		all := `{"policy":{"enabledRegions":["ap","eu","us"],"defaultControlRegion":"eu"}}`
+		for _, f := range []string{"folders/f", "folders/f0", "folders/f-1", "folders/e"} {
+			create(ctx, f, all)
+			create(ctx, f+"/documents/d", `{"a":1}`)
+			create(ctx, f+"/regions/eu/sites/s", `{}`)
+		}
+		create(ctx, "settings/s", `{}`)
+		owned, err := policy.Holdings(ctx, version, core, "folders/f", true)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(owned).To(Equal([]store.Holding{
+			{Type: "Document", Regions: []string{"ap", "eu", "us"}, Rows: 1, Bytes: 10, Example: "folders/f/documents/d"},
+			{Type: "Site", Regional: true, Regions: []string{"ap", "eu", "us"}, Rows: 1, Bytes: 4, Example: "folders/f/regions/eu/sites/s"},
+		}))
+		global, err := policy.Holdings(ctx, version, core, "", false)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(global).To(Equal([]store.Holding{
+			{Type: "Folder", Regions: []string{"ap", "eu", "us"}, Rows: 4, Example: "folders/e"},
+			{Type: "Setting", Regions: []string{"ap", "eu", "us"}, Rows: 1, Example: "settings/s"},
+		}))
+
+		now, violations := descriptor.PolicyFromJSON([]byte(`{"enabledRegions":["ap","eu"],"defaultControlRegion":"eu"}`))
+		Expect(violations).To(BeEmpty())
+		moves, updates := policy.Moves(version, "eu", owned, now, []string{"ap", "eu", "us"})
+		Expect(updates).To(Equal(int64(2)))
+		Expect(moves).To(Equal([]policy.Move{
+			{Region: "us", Owner: "eu", Type: "Document", Dropped: true, Rows: 1, Bytes: 10},
+			{Region: "us", Owner: "eu", Type: "Site", Dropped: true, Rows: 1, Bytes: 4},
+		}))
+	})
+
 	It("writes resources of one policy holder in a transaction, besides global ones (F35, I41)", func(ctx SpecContext) {
 		create(ctx, "folders/f", euUs)
 		create(ctx, "folders/g", euUs)

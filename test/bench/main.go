@@ -52,6 +52,12 @@ var benches = []bench{
 	{"cascade-async", "heap while the children (1,000,000) of a deleted resource follow it, against a tenth of them", cascadeAsync},
 	{"save-remote", "creation that refers to a region 80 ms away, against one round trip by hand", saveRemote},
 	{"feed-read", "CPU for reading a changed row (300,000), against logical decoding", feedRead},
+	{"search", "rows/s of filling an empty search database (100,000), against COPY into a table with the same indexes", searchPostgres},
+	{"search-redis", "rows/s of filling an empty Redis with indexes (100,000), against pipelined HSET", searchRedis},
+	{"verify", "seconds of verifying all copies by content (2,000,000), against one statement; and what writers lose meanwhile", verification},
+	{"cache", "resources/s that the cache answers (20,000), against the database and against plain GETs of the same bytes", cached},
+	{"policy-change", "resources/s that a change of a policy reaches at their owner (200,000), against one UPDATE", policyChange},
+	{"restart", "seconds from the start of a manager until its copies (2,000,000) are live, against a tenth of them", restart},
 	{"memory", "resident memory at 100,000 and at 2,000,000 resources", memory},
 }
 

@@ -54,7 +54,7 @@ func (spec nodeSpec) open(ctx context.Context) (*deployment.Deployment, error) {
 	}
 	return deployment.Open(ctx, deployment.Config{
 		Key: registry.Key{Service: service, Region: spec.Region}, Registry: r, DSN: spec.DSN, TLS: tls,
-		MaxShardsPerNode: spec.MaxShardsPerNode, AuditInterval: -1, Logger: quiet,
+		MaxShardsPerNode: spec.MaxShardsPerNode, AuditInterval: -1, VerifyInterval: -1, Logger: quiet,
 	})
 }
 

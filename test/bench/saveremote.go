@@ -178,7 +178,7 @@ func remoteWorld(ctx context.Context, server *pgserver.Server, at *sites, g *err
 		}
 		g.Go(func() error {
 			if err := d.Run(ctx, api, d.Manage); ctx.Err() == nil {
-				return fmt.Errorf("Deployment %s has ended: %w", region, err)
+				return fmt.Errorf("the Deployment in %s has ended: %w", region, err)
 			}
 			return nil
 		})

@@ -855,6 +855,456 @@ func (x *FetchResponse) GetRowCount() int32 {
 	return 0
 }
 
+type RangesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Peer  *Peer                  `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	// Types to digest; empty: all.
+	Types []string `protobuf:"bytes,2,rep,name=types,proto3" json:"types,omitempty"`
+	// The first range begins behind this name.
+	After string `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`
+	// Rows of one range, 1 to 100000, and ranges of the answer, 1 to 100.
+	Size          int32 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`
+	Parts         int32 `protobuf:"varint,5,opt,name=parts,proto3" json:"parts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RangesRequest) Reset() {
+	*x = RangesRequest{}
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RangesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RangesRequest) ProtoMessage() {}
+
+func (x *RangesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RangesRequest.ProtoReflect.Descriptor instead.
+func (*RangesRequest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_feed_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RangesRequest) GetPeer() *Peer {
+	if x != nil {
+		return x.Peer
+	}
+	return nil
+}
+
+func (x *RangesRequest) GetTypes() []string {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+func (x *RangesRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *RangesRequest) GetSize() int32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *RangesRequest) GetParts() int32 {
+	if x != nil {
+		return x.Parts
+	}
+	return 0
+}
+
+type RangesResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Ranges []*RangeDigest         `protobuf:"bytes,1,rep,name=ranges,proto3" json:"ranges,omitempty"`
+	// Rows of the table that were read, those that do not concern the caller among them.
+	Scanned int64 `protobuf:"varint,2,opt,name=scanned,proto3" json:"scanned,omitempty"`
+	Epoch   int64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Clock of the database; what was written before is in the digests.
+	Time *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	// Rows of the whole table; only in an answer about its beginning.
+	Total         int64 `protobuf:"varint,5,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RangesResponse) Reset() {
+	*x = RangesResponse{}
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RangesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RangesResponse) ProtoMessage() {}
+
+func (x *RangesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RangesResponse.ProtoReflect.Descriptor instead.
+func (*RangesResponse) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_feed_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RangesResponse) GetRanges() []*RangeDigest {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+func (x *RangesResponse) GetScanned() int64 {
+	if x != nil {
+		return x.Scanned
+	}
+	return 0
+}
+
+func (x *RangesResponse) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RangesResponse) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *RangesResponse) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+// RangeDigest is about the rows with names in (end of the range before, to]; the last range of all ends with U+10FFFF.
+type RangeDigest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	To            string                 `protobuf:"bytes,1,opt,name=to,proto3" json:"to,omitempty"`
+	Count         int64                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	Hash          uint64                 `protobuf:"fixed64,3,opt,name=hash,proto3" json:"hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RangeDigest) Reset() {
+	*x = RangeDigest{}
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RangeDigest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RangeDigest) ProtoMessage() {}
+
+func (x *RangeDigest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RangeDigest.ProtoReflect.Descriptor instead.
+func (*RangeDigest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_feed_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *RangeDigest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *RangeDigest) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *RangeDigest) GetHash() uint64 {
+	if x != nil {
+		return x.Hash
+	}
+	return 0
+}
+
+type HashesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Peer  *Peer                  `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	Types []string               `protobuf:"bytes,2,rep,name=types,proto3" json:"types,omitempty"`
+	// Names to look at (at most 5000), or else the range (after, to].
+	Names         []string `protobuf:"bytes,3,rep,name=names,proto3" json:"names,omitempty"`
+	After         string   `protobuf:"bytes,4,opt,name=after,proto3" json:"after,omitempty"`
+	To            string   `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HashesRequest) Reset() {
+	*x = HashesRequest{}
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HashesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HashesRequest) ProtoMessage() {}
+
+func (x *HashesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HashesRequest.ProtoReflect.Descriptor instead.
+func (*HashesRequest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_feed_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *HashesRequest) GetPeer() *Peer {
+	if x != nil {
+		return x.Peer
+	}
+	return nil
+}
+
+func (x *HashesRequest) GetTypes() []string {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+func (x *HashesRequest) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *HashesRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *HashesRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+type HashesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rows          []*RowHash             `protobuf:"bytes,1,rep,name=rows,proto3" json:"rows,omitempty"`
+	Epoch         int64                  `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HashesResponse) Reset() {
+	*x = HashesResponse{}
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HashesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HashesResponse) ProtoMessage() {}
+
+func (x *HashesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HashesResponse.ProtoReflect.Descriptor instead.
+func (*HashesResponse) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_feed_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *HashesResponse) GetRows() []*RowHash {
+	if x != nil {
+		return x.Rows
+	}
+	return nil
+}
+
+func (x *HashesResponse) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+type RowHash struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Type            string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	Epoch           int64                  `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	ResourceVersion int64                  `protobuf:"varint,4,opt,name=resource_version,json=resourceVersion,proto3" json:"resource_version,omitempty"`
+	Hash            uint64                 `protobuf:"fixed64,5,opt,name=hash,proto3" json:"hash,omitempty"`
+	// The caller should hold the row. Only a look by name answers rows that are not.
+	Held bool `protobuf:"varint,6,opt,name=held,proto3" json:"held,omitempty"`
+	// Transaction that wrote the row last: it is visible in a cursor, or not yet.
+	Change        uint64 `protobuf:"varint,7,opt,name=change,proto3" json:"change,omitempty"`
+	OwningRegion  string `protobuf:"bytes,8,opt,name=owning_region,json=owningRegion,proto3" json:"owning_region,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RowHash) Reset() {
+	*x = RowHash{}
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RowHash) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RowHash) ProtoMessage() {}
+
+func (x *RowHash) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_feed_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RowHash.ProtoReflect.Descriptor instead.
+func (*RowHash) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_feed_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RowHash) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RowHash) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *RowHash) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RowHash) GetResourceVersion() int64 {
+	if x != nil {
+		return x.ResourceVersion
+	}
+	return 0
+}
+
+func (x *RowHash) GetHash() uint64 {
+	if x != nil {
+		return x.Hash
+	}
+	return 0
+}
+
+func (x *RowHash) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
+func (x *RowHash) GetChange() uint64 {
+	if x != nil {
+		return x.Change
+	}
+	return 0
+}
+
+func (x *RowHash) GetOwningRegion() string {
+	if x != nil {
+		return x.OwningRegion
+	}
+	return ""
+}
+
 var File_dbcontroller_v1_feed_proto protoreflect.FileDescriptor
 
 const file_dbcontroller_v1_feed_proto_rawDesc = "" +
@@ -917,13 +1367,49 @@ const file_dbcontroller_v1_feed_proto_rawDesc = "" +
 	"\x06shards\x18\x03 \x01(\v2\x17.dbcontroller.v1.ShardsR\x06shards\"@\n" +
 	"\rFetchResponse\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\fR\x04rows\x12\x1b\n" +
-	"\trow_count\x18\x02 \x01(\x05R\browCount2\x84\x03\n" +
+	"\trow_count\x18\x02 \x01(\x05R\browCount\"\x90\x01\n" +
+	"\rRangesRequest\x12)\n" +
+	"\x04peer\x18\x01 \x01(\v2\x15.dbcontroller.v1.PeerR\x04peer\x12\x14\n" +
+	"\x05types\x18\x02 \x03(\tR\x05types\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x05R\x04size\x12\x14\n" +
+	"\x05parts\x18\x05 \x01(\x05R\x05parts\"\xbc\x01\n" +
+	"\x0eRangesResponse\x124\n" +
+	"\x06ranges\x18\x01 \x03(\v2\x1c.dbcontroller.v1.RangeDigestR\x06ranges\x12\x18\n" +
+	"\ascanned\x18\x02 \x01(\x03R\ascanned\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x03R\x05epoch\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x14\n" +
+	"\x05total\x18\x05 \x01(\x03R\x05total\"G\n" +
+	"\vRangeDigest\x12\x0e\n" +
+	"\x02to\x18\x01 \x01(\tR\x02to\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\x06R\x04hash\"\x8c\x01\n" +
+	"\rHashesRequest\x12)\n" +
+	"\x04peer\x18\x01 \x01(\v2\x15.dbcontroller.v1.PeerR\x04peer\x12\x14\n" +
+	"\x05types\x18\x02 \x03(\tR\x05types\x12\x14\n" +
+	"\x05names\x18\x03 \x03(\tR\x05names\x12\x14\n" +
+	"\x05after\x18\x04 \x01(\tR\x05after\x12\x0e\n" +
+	"\x02to\x18\x05 \x01(\tR\x02to\"T\n" +
+	"\x0eHashesResponse\x12,\n" +
+	"\x04rows\x18\x01 \x03(\v2\x18.dbcontroller.v1.RowHashR\x04rows\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x03R\x05epoch\"\xd7\x01\n" +
+	"\aRowHash\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x03R\x05epoch\x12)\n" +
+	"\x10resource_version\x18\x04 \x01(\x03R\x0fresourceVersion\x12\x12\n" +
+	"\x04hash\x18\x05 \x01(\x06R\x04hash\x12\x12\n" +
+	"\x04held\x18\x06 \x01(\bR\x04held\x12\x16\n" +
+	"\x06change\x18\a \x01(\x04R\x06change\x12#\n" +
+	"\rowning_region\x18\b \x01(\tR\fowningRegion2\xa0\x04\n" +
 	"\x04Feed\x12E\n" +
 	"\x04Ping\x12\x1c.dbcontroller.v1.PingRequest\x1a\x1d.dbcontroller.v1.PingResponse\"\x00\x12G\n" +
 	"\x04Tail\x12\x1c.dbcontroller.v1.TailRequest\x1a\x1d.dbcontroller.v1.TailResponse\"\x000\x01\x12K\n" +
 	"\x06Digest\x12\x1e.dbcontroller.v1.DigestRequest\x1a\x1f.dbcontroller.v1.DigestResponse\"\x00\x12S\n" +
 	"\bVersions\x12 .dbcontroller.v1.VersionsRequest\x1a!.dbcontroller.v1.VersionsResponse\"\x000\x01\x12J\n" +
-	"\x05Fetch\x12\x1d.dbcontroller.v1.FetchRequest\x1a\x1e.dbcontroller.v1.FetchResponse\"\x000\x01BJZHgithub.com/dbcontroller/db-controller/api/dbcontroller/v1;dbcontrollerv1b\x06proto3"
+	"\x05Fetch\x12\x1d.dbcontroller.v1.FetchRequest\x1a\x1e.dbcontroller.v1.FetchResponse\"\x000\x01\x12K\n" +
+	"\x06Ranges\x12\x1e.dbcontroller.v1.RangesRequest\x1a\x1f.dbcontroller.v1.RangesResponse\"\x00\x12M\n" +
+	"\x06Hashes\x12\x1e.dbcontroller.v1.HashesRequest\x1a\x1f.dbcontroller.v1.HashesResponse\"\x000\x01BJZHgithub.com/dbcontroller/db-controller/api/dbcontroller/v1;dbcontrollerv1b\x06proto3"
 
 var (
 	file_dbcontroller_v1_feed_proto_rawDescOnce sync.Once
@@ -937,7 +1423,7 @@ func file_dbcontroller_v1_feed_proto_rawDescGZIP() []byte {
 	return file_dbcontroller_v1_feed_proto_rawDescData
 }
 
-var file_dbcontroller_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_dbcontroller_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_dbcontroller_v1_feed_proto_goTypes = []any{
 	(*Peer)(nil),                  // 0: dbcontroller.v1.Peer
 	(*Shards)(nil),                // 1: dbcontroller.v1.Shards
@@ -953,15 +1439,21 @@ var file_dbcontroller_v1_feed_proto_goTypes = []any{
 	(*RowVersion)(nil),            // 11: dbcontroller.v1.RowVersion
 	(*FetchRequest)(nil),          // 12: dbcontroller.v1.FetchRequest
 	(*FetchResponse)(nil),         // 13: dbcontroller.v1.FetchResponse
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*RangesRequest)(nil),         // 14: dbcontroller.v1.RangesRequest
+	(*RangesResponse)(nil),        // 15: dbcontroller.v1.RangesResponse
+	(*RangeDigest)(nil),           // 16: dbcontroller.v1.RangeDigest
+	(*HashesRequest)(nil),         // 17: dbcontroller.v1.HashesRequest
+	(*HashesResponse)(nil),        // 18: dbcontroller.v1.HashesResponse
+	(*RowHash)(nil),               // 19: dbcontroller.v1.RowHash
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_dbcontroller_v1_feed_proto_depIdxs = []int32{
 	0,  // 0: dbcontroller.v1.PingRequest.peer:type_name -> dbcontroller.v1.Peer
-	14, // 1: dbcontroller.v1.PingResponse.server_time:type_name -> google.protobuf.Timestamp
+	20, // 1: dbcontroller.v1.PingResponse.server_time:type_name -> google.protobuf.Timestamp
 	0,  // 2: dbcontroller.v1.TailRequest.peer:type_name -> dbcontroller.v1.Peer
 	1,  // 3: dbcontroller.v1.TailRequest.shards:type_name -> dbcontroller.v1.Shards
-	14, // 4: dbcontroller.v1.TailResponse.source_time:type_name -> google.protobuf.Timestamp
-	14, // 5: dbcontroller.v1.TailResponse.since_time:type_name -> google.protobuf.Timestamp
+	20, // 4: dbcontroller.v1.TailResponse.source_time:type_name -> google.protobuf.Timestamp
+	20, // 5: dbcontroller.v1.TailResponse.since_time:type_name -> google.protobuf.Timestamp
 	0,  // 6: dbcontroller.v1.DigestRequest.peer:type_name -> dbcontroller.v1.Peer
 	1,  // 7: dbcontroller.v1.DigestRequest.shards:type_name -> dbcontroller.v1.Shards
 	8,  // 8: dbcontroller.v1.DigestResponse.digests:type_name -> dbcontroller.v1.ShardDigest
@@ -969,21 +1461,30 @@ var file_dbcontroller_v1_feed_proto_depIdxs = []int32{
 	11, // 10: dbcontroller.v1.VersionsResponse.rows:type_name -> dbcontroller.v1.RowVersion
 	0,  // 11: dbcontroller.v1.FetchRequest.peer:type_name -> dbcontroller.v1.Peer
 	1,  // 12: dbcontroller.v1.FetchRequest.shards:type_name -> dbcontroller.v1.Shards
-	2,  // 13: dbcontroller.v1.Feed.Ping:input_type -> dbcontroller.v1.PingRequest
-	4,  // 14: dbcontroller.v1.Feed.Tail:input_type -> dbcontroller.v1.TailRequest
-	6,  // 15: dbcontroller.v1.Feed.Digest:input_type -> dbcontroller.v1.DigestRequest
-	9,  // 16: dbcontroller.v1.Feed.Versions:input_type -> dbcontroller.v1.VersionsRequest
-	12, // 17: dbcontroller.v1.Feed.Fetch:input_type -> dbcontroller.v1.FetchRequest
-	3,  // 18: dbcontroller.v1.Feed.Ping:output_type -> dbcontroller.v1.PingResponse
-	5,  // 19: dbcontroller.v1.Feed.Tail:output_type -> dbcontroller.v1.TailResponse
-	7,  // 20: dbcontroller.v1.Feed.Digest:output_type -> dbcontroller.v1.DigestResponse
-	10, // 21: dbcontroller.v1.Feed.Versions:output_type -> dbcontroller.v1.VersionsResponse
-	13, // 22: dbcontroller.v1.Feed.Fetch:output_type -> dbcontroller.v1.FetchResponse
-	18, // [18:23] is the sub-list for method output_type
-	13, // [13:18] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	0,  // 13: dbcontroller.v1.RangesRequest.peer:type_name -> dbcontroller.v1.Peer
+	16, // 14: dbcontroller.v1.RangesResponse.ranges:type_name -> dbcontroller.v1.RangeDigest
+	20, // 15: dbcontroller.v1.RangesResponse.time:type_name -> google.protobuf.Timestamp
+	0,  // 16: dbcontroller.v1.HashesRequest.peer:type_name -> dbcontroller.v1.Peer
+	19, // 17: dbcontroller.v1.HashesResponse.rows:type_name -> dbcontroller.v1.RowHash
+	2,  // 18: dbcontroller.v1.Feed.Ping:input_type -> dbcontroller.v1.PingRequest
+	4,  // 19: dbcontroller.v1.Feed.Tail:input_type -> dbcontroller.v1.TailRequest
+	6,  // 20: dbcontroller.v1.Feed.Digest:input_type -> dbcontroller.v1.DigestRequest
+	9,  // 21: dbcontroller.v1.Feed.Versions:input_type -> dbcontroller.v1.VersionsRequest
+	12, // 22: dbcontroller.v1.Feed.Fetch:input_type -> dbcontroller.v1.FetchRequest
+	14, // 23: dbcontroller.v1.Feed.Ranges:input_type -> dbcontroller.v1.RangesRequest
+	17, // 24: dbcontroller.v1.Feed.Hashes:input_type -> dbcontroller.v1.HashesRequest
+	3,  // 25: dbcontroller.v1.Feed.Ping:output_type -> dbcontroller.v1.PingResponse
+	5,  // 26: dbcontroller.v1.Feed.Tail:output_type -> dbcontroller.v1.TailResponse
+	7,  // 27: dbcontroller.v1.Feed.Digest:output_type -> dbcontroller.v1.DigestResponse
+	10, // 28: dbcontroller.v1.Feed.Versions:output_type -> dbcontroller.v1.VersionsResponse
+	13, // 29: dbcontroller.v1.Feed.Fetch:output_type -> dbcontroller.v1.FetchResponse
+	15, // 30: dbcontroller.v1.Feed.Ranges:output_type -> dbcontroller.v1.RangesResponse
+	18, // 31: dbcontroller.v1.Feed.Hashes:output_type -> dbcontroller.v1.HashesResponse
+	25, // [25:32] is the sub-list for method output_type
+	18, // [18:25] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_feed_proto_init() }
@@ -997,7 +1498,7 @@ func file_dbcontroller_v1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dbcontroller_v1_feed_proto_rawDesc), len(file_dbcontroller_v1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -72,7 +72,7 @@ func (x ConfirmMetaOwnerResponse_Outcome) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ConfirmMetaOwnerResponse_Outcome.Descriptor instead.
 func (ConfirmMetaOwnerResponse_Outcome) EnumDescriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{19, 0}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{22, 0}
 }
 
 // Location is a Deployment.
@@ -636,6 +636,208 @@ func (x *ConfirmBlockadesResponse) GetMissing() []string {
 	return nil
 }
 
+type MeasureHoldingsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Call  *Call                  `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
+	// A policy holder; empty for the policy of the service.
+	Holder string `protobuf:"bytes,2,opt,name=holder,proto3" json:"holder,omitempty"`
+	// Measure bytes, too: every body is read.
+	Bytes         bool `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MeasureHoldingsRequest) Reset() {
+	*x = MeasureHoldingsRequest{}
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MeasureHoldingsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MeasureHoldingsRequest) ProtoMessage() {}
+
+func (x *MeasureHoldingsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MeasureHoldingsRequest.ProtoReflect.Descriptor instead.
+func (*MeasureHoldingsRequest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *MeasureHoldingsRequest) GetCall() *Call {
+	if x != nil {
+		return x.Call
+	}
+	return nil
+}
+
+func (x *MeasureHoldingsRequest) GetHolder() string {
+	if x != nil {
+		return x.Holder
+	}
+	return ""
+}
+
+func (x *MeasureHoldingsRequest) GetBytes() bool {
+	if x != nil {
+		return x.Bytes
+	}
+	return false
+}
+
+type MeasureHoldingsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Resources that the policy governs and this region owns.
+	Groups []*HoldingGroup `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	// Rows a second that were measured here: "policy" for changes of metadata.syncing, "copy" and a region for its copies here.
+	Rates         map[string]float64 `protobuf:"bytes,2,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MeasureHoldingsResponse) Reset() {
+	*x = MeasureHoldingsResponse{}
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MeasureHoldingsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MeasureHoldingsResponse) ProtoMessage() {}
+
+func (x *MeasureHoldingsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MeasureHoldingsResponse.ProtoReflect.Descriptor instead.
+func (*MeasureHoldingsResponse) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *MeasureHoldingsResponse) GetGroups() []*HoldingGroup {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *MeasureHoldingsResponse) GetRates() map[string]float64 {
+	if x != nil {
+		return x.Rates
+	}
+	return nil
+}
+
+// HoldingGroup are the resources of one type that are held in the same regions.
+type HoldingGroup struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
+	// Their names say to which region they belong.
+	Regional      bool     `protobuf:"varint,2,opt,name=regional,proto3" json:"regional,omitempty"`
+	Regions       []string `protobuf:"bytes,3,rep,name=regions,proto3" json:"regions,omitempty"`
+	Rows          int64    `protobuf:"varint,4,opt,name=rows,proto3" json:"rows,omitempty"`
+	Bytes         int64    `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Example       string   `protobuf:"bytes,6,opt,name=example,proto3" json:"example,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldingGroup) Reset() {
+	*x = HoldingGroup{}
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldingGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldingGroup) ProtoMessage() {}
+
+func (x *HoldingGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldingGroup.ProtoReflect.Descriptor instead.
+func (*HoldingGroup) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *HoldingGroup) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *HoldingGroup) GetRegional() bool {
+	if x != nil {
+		return x.Regional
+	}
+	return false
+}
+
+func (x *HoldingGroup) GetRegions() []string {
+	if x != nil {
+		return x.Regions
+	}
+	return nil
+}
+
+func (x *HoldingGroup) GetRows() int64 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *HoldingGroup) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *HoldingGroup) GetExample() string {
+	if x != nil {
+		return x.Example
+	}
+	return ""
+}
+
 // Question is a target together with what a fence for it must say.
 type Question struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -649,7 +851,7 @@ type Question struct {
 
 func (x *Question) Reset() {
 	*x = Question{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[9]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -661,7 +863,7 @@ func (x *Question) String() string {
 func (*Question) ProtoMessage() {}
 
 func (x *Question) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[9]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -674,7 +876,7 @@ func (x *Question) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Question.ProtoReflect.Descriptor instead.
 func (*Question) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{9}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Question) GetName() string {
@@ -717,7 +919,7 @@ type CheckIfResourceIsBlockedRequest struct {
 
 func (x *CheckIfResourceIsBlockedRequest) Reset() {
 	*x = CheckIfResourceIsBlockedRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[10]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -729,7 +931,7 @@ func (x *CheckIfResourceIsBlockedRequest) String() string {
 func (*CheckIfResourceIsBlockedRequest) ProtoMessage() {}
 
 func (x *CheckIfResourceIsBlockedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[10]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -742,7 +944,7 @@ func (x *CheckIfResourceIsBlockedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckIfResourceIsBlockedRequest.ProtoReflect.Descriptor instead.
 func (*CheckIfResourceIsBlockedRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{10}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CheckIfResourceIsBlockedRequest) GetCall() *Call {
@@ -776,7 +978,7 @@ type CheckIfResourceIsBlockedResponse struct {
 
 func (x *CheckIfResourceIsBlockedResponse) Reset() {
 	*x = CheckIfResourceIsBlockedResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[11]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +990,7 @@ func (x *CheckIfResourceIsBlockedResponse) String() string {
 func (*CheckIfResourceIsBlockedResponse) ProtoMessage() {}
 
 func (x *CheckIfResourceIsBlockedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[11]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +1003,7 @@ func (x *CheckIfResourceIsBlockedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckIfResourceIsBlockedResponse.ProtoReflect.Descriptor instead.
 func (*CheckIfResourceIsBlockedResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{11}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CheckIfResourceIsBlockedResponse) GetAnswers() []*BlockedAnswer {
@@ -824,7 +1026,7 @@ type BlockedAnswer struct {
 
 func (x *BlockedAnswer) Reset() {
 	*x = BlockedAnswer{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[12]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +1038,7 @@ func (x *BlockedAnswer) String() string {
 func (*BlockedAnswer) ProtoMessage() {}
 
 func (x *BlockedAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[12]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +1051,7 @@ func (x *BlockedAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockedAnswer.ProtoReflect.Descriptor instead.
 func (*BlockedAnswer) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{12}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *BlockedAnswer) GetBlocked() bool {
@@ -883,7 +1085,7 @@ type CheckIfResourceHasDeletionSubscriberRequest struct {
 
 func (x *CheckIfResourceHasDeletionSubscriberRequest) Reset() {
 	*x = CheckIfResourceHasDeletionSubscriberRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[13]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +1097,7 @@ func (x *CheckIfResourceHasDeletionSubscriberRequest) String() string {
 func (*CheckIfResourceHasDeletionSubscriberRequest) ProtoMessage() {}
 
 func (x *CheckIfResourceHasDeletionSubscriberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[13]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +1110,7 @@ func (x *CheckIfResourceHasDeletionSubscriberRequest) ProtoReflect() protoreflec
 
 // Deprecated: Use CheckIfResourceHasDeletionSubscriberRequest.ProtoReflect.Descriptor instead.
 func (*CheckIfResourceHasDeletionSubscriberRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{13}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CheckIfResourceHasDeletionSubscriberRequest) GetCall() *Call {
@@ -937,7 +1139,7 @@ type CheckIfResourceHasDeletionSubscriberResponse struct {
 
 func (x *CheckIfResourceHasDeletionSubscriberResponse) Reset() {
 	*x = CheckIfResourceHasDeletionSubscriberResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[14]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1151,7 @@ func (x *CheckIfResourceHasDeletionSubscriberResponse) String() string {
 func (*CheckIfResourceHasDeletionSubscriberResponse) ProtoMessage() {}
 
 func (x *CheckIfResourceHasDeletionSubscriberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[14]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1164,7 @@ func (x *CheckIfResourceHasDeletionSubscriberResponse) ProtoReflect() protorefle
 
 // Deprecated: Use CheckIfResourceHasDeletionSubscriberResponse.ProtoReflect.Descriptor instead.
 func (*CheckIfResourceHasDeletionSubscriberResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{14}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CheckIfResourceHasDeletionSubscriberResponse) GetHasSubscriber() bool {
@@ -997,7 +1199,7 @@ type Spelling struct {
 
 func (x *Spelling) Reset() {
 	*x = Spelling{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[15]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1009,7 +1211,7 @@ func (x *Spelling) String() string {
 func (*Spelling) ProtoMessage() {}
 
 func (x *Spelling) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[15]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1022,7 +1224,7 @@ func (x *Spelling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Spelling.ProtoReflect.Descriptor instead.
 func (*Spelling) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{15}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Spelling) GetVersion() string {
@@ -1051,7 +1253,7 @@ type CheckIfHasMetaOwneeRequest struct {
 
 func (x *CheckIfHasMetaOwneeRequest) Reset() {
 	*x = CheckIfHasMetaOwneeRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[16]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1265,7 @@ func (x *CheckIfHasMetaOwneeRequest) String() string {
 func (*CheckIfHasMetaOwneeRequest) ProtoMessage() {}
 
 func (x *CheckIfHasMetaOwneeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[16]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1278,7 @@ func (x *CheckIfHasMetaOwneeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckIfHasMetaOwneeRequest.ProtoReflect.Descriptor instead.
 func (*CheckIfHasMetaOwneeRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{16}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CheckIfHasMetaOwneeRequest) GetCall() *Call {
@@ -1109,7 +1311,7 @@ type CheckIfHasMetaOwneeResponse struct {
 
 func (x *CheckIfHasMetaOwneeResponse) Reset() {
 	*x = CheckIfHasMetaOwneeResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[17]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1323,7 @@ func (x *CheckIfHasMetaOwneeResponse) String() string {
 func (*CheckIfHasMetaOwneeResponse) ProtoMessage() {}
 
 func (x *CheckIfHasMetaOwneeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[17]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1336,7 @@ func (x *CheckIfHasMetaOwneeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckIfHasMetaOwneeResponse.ProtoReflect.Descriptor instead.
 func (*CheckIfHasMetaOwneeResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{17}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CheckIfHasMetaOwneeResponse) GetHasOwnee() bool {
@@ -1158,7 +1360,7 @@ type ConfirmMetaOwnerRequest struct {
 
 func (x *ConfirmMetaOwnerRequest) Reset() {
 	*x = ConfirmMetaOwnerRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[18]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1170,7 +1372,7 @@ func (x *ConfirmMetaOwnerRequest) String() string {
 func (*ConfirmMetaOwnerRequest) ProtoMessage() {}
 
 func (x *ConfirmMetaOwnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[18]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1183,7 +1385,7 @@ func (x *ConfirmMetaOwnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmMetaOwnerRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmMetaOwnerRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{18}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ConfirmMetaOwnerRequest) GetCall() *Call {
@@ -1241,7 +1443,7 @@ type ConfirmMetaOwnerResponse struct {
 
 func (x *ConfirmMetaOwnerResponse) Reset() {
 	*x = ConfirmMetaOwnerResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[19]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1253,7 +1455,7 @@ func (x *ConfirmMetaOwnerResponse) String() string {
 func (*ConfirmMetaOwnerResponse) ProtoMessage() {}
 
 func (x *ConfirmMetaOwnerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[19]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1266,7 +1468,7 @@ func (x *ConfirmMetaOwnerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmMetaOwnerResponse.ProtoReflect.Descriptor instead.
 func (*ConfirmMetaOwnerResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{19}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ConfirmMetaOwnerResponse) GetOutcome() ConfirmMetaOwnerResponse_Outcome {
@@ -1304,7 +1506,7 @@ type UpgradeMetaOwnerVersionRequest struct {
 
 func (x *UpgradeMetaOwnerVersionRequest) Reset() {
 	*x = UpgradeMetaOwnerVersionRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[20]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1518,7 @@ func (x *UpgradeMetaOwnerVersionRequest) String() string {
 func (*UpgradeMetaOwnerVersionRequest) ProtoMessage() {}
 
 func (x *UpgradeMetaOwnerVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[20]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1531,7 @@ func (x *UpgradeMetaOwnerVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpgradeMetaOwnerVersionRequest.ProtoReflect.Descriptor instead.
 func (*UpgradeMetaOwnerVersionRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{20}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UpgradeMetaOwnerVersionRequest) GetCall() *Call {
@@ -1382,7 +1584,7 @@ type UpgradeMetaOwnerVersionResponse struct {
 
 func (x *UpgradeMetaOwnerVersionResponse) Reset() {
 	*x = UpgradeMetaOwnerVersionResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[21]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1394,7 +1596,7 @@ func (x *UpgradeMetaOwnerVersionResponse) String() string {
 func (*UpgradeMetaOwnerVersionResponse) ProtoMessage() {}
 
 func (x *UpgradeMetaOwnerVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[21]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1407,7 +1609,7 @@ func (x *UpgradeMetaOwnerVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpgradeMetaOwnerVersionResponse.ProtoReflect.Descriptor instead.
 func (*UpgradeMetaOwnerVersionResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{21}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{24}
 }
 
 type RemoveMetaOwnerReferenceRequest struct {
@@ -1426,7 +1628,7 @@ type RemoveMetaOwnerReferenceRequest struct {
 
 func (x *RemoveMetaOwnerReferenceRequest) Reset() {
 	*x = RemoveMetaOwnerReferenceRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[22]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1438,7 +1640,7 @@ func (x *RemoveMetaOwnerReferenceRequest) String() string {
 func (*RemoveMetaOwnerReferenceRequest) ProtoMessage() {}
 
 func (x *RemoveMetaOwnerReferenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[22]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1451,7 +1653,7 @@ func (x *RemoveMetaOwnerReferenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMetaOwnerReferenceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMetaOwnerReferenceRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{22}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RemoveMetaOwnerReferenceRequest) GetCall() *Call {
@@ -1504,7 +1706,7 @@ type RemoveMetaOwnerReferenceResponse struct {
 
 func (x *RemoveMetaOwnerReferenceResponse) Reset() {
 	*x = RemoveMetaOwnerReferenceResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[23]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1516,7 +1718,7 @@ func (x *RemoveMetaOwnerReferenceResponse) String() string {
 func (*RemoveMetaOwnerReferenceResponse) ProtoMessage() {}
 
 func (x *RemoveMetaOwnerReferenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[23]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1529,7 +1731,7 @@ func (x *RemoveMetaOwnerReferenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMetaOwnerReferenceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMetaOwnerReferenceResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{23}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{26}
 }
 
 type ListMetaOwneesRequest struct {
@@ -1547,7 +1749,7 @@ type ListMetaOwneesRequest struct {
 
 func (x *ListMetaOwneesRequest) Reset() {
 	*x = ListMetaOwneesRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[24]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1761,7 @@ func (x *ListMetaOwneesRequest) String() string {
 func (*ListMetaOwneesRequest) ProtoMessage() {}
 
 func (x *ListMetaOwneesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[24]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1774,7 @@ func (x *ListMetaOwneesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetaOwneesRequest.ProtoReflect.Descriptor instead.
 func (*ListMetaOwneesRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{24}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListMetaOwneesRequest) GetCall() *Call {
@@ -1627,7 +1829,7 @@ type ListMetaOwneesResponse struct {
 
 func (x *ListMetaOwneesResponse) Reset() {
 	*x = ListMetaOwneesResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[25]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1639,7 +1841,7 @@ func (x *ListMetaOwneesResponse) String() string {
 func (*ListMetaOwneesResponse) ProtoMessage() {}
 
 func (x *ListMetaOwneesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[25]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1652,7 +1854,7 @@ func (x *ListMetaOwneesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetaOwneesResponse.ProtoReflect.Descriptor instead.
 func (*ListMetaOwneesResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{25}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListMetaOwneesResponse) GetOwnees() []*MetaOwnee {
@@ -1681,7 +1883,7 @@ type MetaOwnee struct {
 
 func (x *MetaOwnee) Reset() {
 	*x = MetaOwnee{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[26]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1693,7 +1895,7 @@ func (x *MetaOwnee) String() string {
 func (*MetaOwnee) ProtoMessage() {}
 
 func (x *MetaOwnee) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[26]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1706,7 +1908,7 @@ func (x *MetaOwnee) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetaOwnee.ProtoReflect.Descriptor instead.
 func (*MetaOwnee) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{26}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MetaOwnee) GetKind() string {
@@ -1743,7 +1945,7 @@ type WatchImportedServiceDeletionsRequest struct {
 
 func (x *WatchImportedServiceDeletionsRequest) Reset() {
 	*x = WatchImportedServiceDeletionsRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[27]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1755,7 +1957,7 @@ func (x *WatchImportedServiceDeletionsRequest) String() string {
 func (*WatchImportedServiceDeletionsRequest) ProtoMessage() {}
 
 func (x *WatchImportedServiceDeletionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[27]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1768,7 +1970,7 @@ func (x *WatchImportedServiceDeletionsRequest) ProtoReflect() protoreflect.Messa
 
 // Deprecated: Use WatchImportedServiceDeletionsRequest.ProtoReflect.Descriptor instead.
 func (*WatchImportedServiceDeletionsRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{27}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WatchImportedServiceDeletionsRequest) GetCall() *Call {
@@ -1814,7 +2016,7 @@ type WatchImportedServiceDeletionsResponse struct {
 
 func (x *WatchImportedServiceDeletionsResponse) Reset() {
 	*x = WatchImportedServiceDeletionsResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[28]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +2028,7 @@ func (x *WatchImportedServiceDeletionsResponse) String() string {
 func (*WatchImportedServiceDeletionsResponse) ProtoMessage() {}
 
 func (x *WatchImportedServiceDeletionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[28]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +2041,7 @@ func (x *WatchImportedServiceDeletionsResponse) ProtoReflect() protoreflect.Mess
 
 // Deprecated: Use WatchImportedServiceDeletionsResponse.ProtoReflect.Descriptor instead.
 func (*WatchImportedServiceDeletionsResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{28}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WatchImportedServiceDeletionsResponse) GetDeleting() []*DeletingShadow {
@@ -1882,7 +2084,7 @@ type DeletingShadow struct {
 
 func (x *DeletingShadow) Reset() {
 	*x = DeletingShadow{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +2096,7 @@ func (x *DeletingShadow) String() string {
 func (*DeletingShadow) ProtoMessage() {}
 
 func (x *DeletingShadow) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +2109,7 @@ func (x *DeletingShadow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletingShadow.ProtoReflect.Descriptor instead.
 func (*DeletingShadow) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{29}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DeletingShadow) GetName() string {
@@ -1937,7 +2139,7 @@ type PlanDeletionRequest struct {
 
 func (x *PlanDeletionRequest) Reset() {
 	*x = PlanDeletionRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1949,7 +2151,7 @@ func (x *PlanDeletionRequest) String() string {
 func (*PlanDeletionRequest) ProtoMessage() {}
 
 func (x *PlanDeletionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1962,7 +2164,7 @@ func (x *PlanDeletionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDeletionRequest.ProtoReflect.Descriptor instead.
 func (*PlanDeletionRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{30}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PlanDeletionRequest) GetCall() *Call {
@@ -2001,7 +2203,7 @@ type PlanDeletionResponse struct {
 
 func (x *PlanDeletionResponse) Reset() {
 	*x = PlanDeletionResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2215,7 @@ func (x *PlanDeletionResponse) String() string {
 func (*PlanDeletionResponse) ProtoMessage() {}
 
 func (x *PlanDeletionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2228,7 @@ func (x *PlanDeletionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDeletionResponse.ProtoReflect.Descriptor instead.
 func (*PlanDeletionResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{31}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PlanDeletionResponse) GetDeletes() []*Planned {
@@ -2080,7 +2282,7 @@ type Planned struct {
 
 func (x *Planned) Reset() {
 	*x = Planned{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2294,7 @@ func (x *Planned) String() string {
 func (*Planned) ProtoMessage() {}
 
 func (x *Planned) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2307,7 @@ func (x *Planned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Planned.ProtoReflect.Descriptor instead.
 func (*Planned) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{32}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Planned) GetName() string {
@@ -2160,7 +2362,7 @@ type DeletionBlocker struct {
 
 func (x *DeletionBlocker) Reset() {
 	*x = DeletionBlocker{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2172,7 +2374,7 @@ func (x *DeletionBlocker) String() string {
 func (*DeletionBlocker) ProtoMessage() {}
 
 func (x *DeletionBlocker) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2185,7 +2387,7 @@ func (x *DeletionBlocker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletionBlocker.ProtoReflect.Descriptor instead.
 func (*DeletionBlocker) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{33}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DeletionBlocker) GetLocation() *Location {
@@ -2240,7 +2442,7 @@ type PlannedSource struct {
 
 func (x *PlannedSource) Reset() {
 	*x = PlannedSource{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2252,7 +2454,7 @@ func (x *PlannedSource) String() string {
 func (*PlannedSource) ProtoMessage() {}
 
 func (x *PlannedSource) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[34]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2265,7 +2467,7 @@ func (x *PlannedSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedSource.ProtoReflect.Descriptor instead.
 func (*PlannedSource) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{34}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PlannedSource) GetLocation() *Location {
@@ -2309,7 +2511,7 @@ type ResourceShadow struct {
 
 func (x *ResourceShadow) Reset() {
 	*x = ResourceShadow{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2321,7 +2523,7 @@ func (x *ResourceShadow) String() string {
 func (*ResourceShadow) ProtoMessage() {}
 
 func (x *ResourceShadow) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[35]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2334,7 +2536,7 @@ func (x *ResourceShadow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResourceShadow.ProtoReflect.Descriptor instead.
 func (*ResourceShadow) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{35}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ResourceShadow) GetName() string {
@@ -2451,7 +2653,7 @@ type ShadowReference struct {
 
 func (x *ShadowReference) Reset() {
 	*x = ShadowReference{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2463,7 +2665,7 @@ func (x *ShadowReference) String() string {
 func (*ShadowReference) ProtoMessage() {}
 
 func (x *ShadowReference) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[36]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2476,7 +2678,7 @@ func (x *ShadowReference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShadowReference.ProtoReflect.Descriptor instead.
 func (*ShadowReference) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{36}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ShadowReference) GetKind() string {
@@ -2533,7 +2735,7 @@ type ShadowSource struct {
 
 func (x *ShadowSource) Reset() {
 	*x = ShadowSource{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2747,7 @@ func (x *ShadowSource) String() string {
 func (*ShadowSource) ProtoMessage() {}
 
 func (x *ShadowSource) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[37]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2760,7 @@ func (x *ShadowSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShadowSource.ProtoReflect.Descriptor instead.
 func (*ShadowSource) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{37}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ShadowSource) GetLocation() *Location {
@@ -2602,7 +2804,7 @@ type TentativeBlockade struct {
 
 func (x *TentativeBlockade) Reset() {
 	*x = TentativeBlockade{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2614,7 +2816,7 @@ func (x *TentativeBlockade) String() string {
 func (*TentativeBlockade) ProtoMessage() {}
 
 func (x *TentativeBlockade) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[38]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2627,7 +2829,7 @@ func (x *TentativeBlockade) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TentativeBlockade.ProtoReflect.Descriptor instead.
 func (*TentativeBlockade) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{38}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *TentativeBlockade) GetLocation() *Location {
@@ -2674,7 +2876,7 @@ type GetResourceShadowRequest struct {
 
 func (x *GetResourceShadowRequest) Reset() {
 	*x = GetResourceShadowRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2686,7 +2888,7 @@ func (x *GetResourceShadowRequest) String() string {
 func (*GetResourceShadowRequest) ProtoMessage() {}
 
 func (x *GetResourceShadowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[39]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2699,7 +2901,7 @@ func (x *GetResourceShadowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResourceShadowRequest.ProtoReflect.Descriptor instead.
 func (*GetResourceShadowRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{39}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetResourceShadowRequest) GetName() string {
@@ -2723,7 +2925,7 @@ type ListResourceShadowsRequest struct {
 
 func (x *ListResourceShadowsRequest) Reset() {
 	*x = ListResourceShadowsRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2735,7 +2937,7 @@ func (x *ListResourceShadowsRequest) String() string {
 func (*ListResourceShadowsRequest) ProtoMessage() {}
 
 func (x *ListResourceShadowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[40]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2748,7 +2950,7 @@ func (x *ListResourceShadowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResourceShadowsRequest.ProtoReflect.Descriptor instead.
 func (*ListResourceShadowsRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{40}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListResourceShadowsRequest) GetState() string {
@@ -2789,7 +2991,7 @@ type ListResourceShadowsResponse struct {
 
 func (x *ListResourceShadowsResponse) Reset() {
 	*x = ListResourceShadowsResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +3003,7 @@ func (x *ListResourceShadowsResponse) String() string {
 func (*ListResourceShadowsResponse) ProtoMessage() {}
 
 func (x *ListResourceShadowsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[41]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +3016,7 @@ func (x *ListResourceShadowsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResourceShadowsResponse.ProtoReflect.Descriptor instead.
 func (*ListResourceShadowsResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{41}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListResourceShadowsResponse) GetShadows() []*ResourceShadow {
@@ -2839,7 +3041,7 @@ type WatchResourceShadowsRequest struct {
 
 func (x *WatchResourceShadowsRequest) Reset() {
 	*x = WatchResourceShadowsRequest{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +3053,7 @@ func (x *WatchResourceShadowsRequest) String() string {
 func (*WatchResourceShadowsRequest) ProtoMessage() {}
 
 func (x *WatchResourceShadowsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[42]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +3066,7 @@ func (x *WatchResourceShadowsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResourceShadowsRequest.ProtoReflect.Descriptor instead.
 func (*WatchResourceShadowsRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{42}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{45}
 }
 
 type WatchResourceShadowsResponse struct {
@@ -2878,7 +3080,7 @@ type WatchResourceShadowsResponse struct {
 
 func (x *WatchResourceShadowsResponse) Reset() {
 	*x = WatchResourceShadowsResponse{}
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[43]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2890,7 +3092,7 @@ func (x *WatchResourceShadowsResponse) String() string {
 func (*WatchResourceShadowsResponse) ProtoMessage() {}
 
 func (x *WatchResourceShadowsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[43]
+	mi := &file_dbcontroller_v1_mixin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2903,7 +3105,7 @@ func (x *WatchResourceShadowsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResourceShadowsResponse.ProtoReflect.Descriptor instead.
 func (*WatchResourceShadowsResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{43}
+	return file_dbcontroller_v1_mixin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WatchResourceShadowsResponse) GetShadows() []*ResourceShadow {
@@ -2969,7 +3171,25 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"subscriber\x12\x13\n" +
 	"\x05tx_id\x18\x05 \x01(\tR\x04txId\"4\n" +
 	"\x18ConfirmBlockadesResponse\x12\x18\n" +
-	"\amissing\x18\x01 \x03(\tR\amissing\"i\n" +
+	"\amissing\x18\x01 \x03(\tR\amissing\"q\n" +
+	"\x16MeasureHoldingsRequest\x12)\n" +
+	"\x04call\x18\x01 \x01(\v2\x15.dbcontroller.v1.CallR\x04call\x12\x16\n" +
+	"\x06holder\x18\x02 \x01(\tR\x06holder\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\bR\x05bytes\"\xd5\x01\n" +
+	"\x17MeasureHoldingsResponse\x125\n" +
+	"\x06groups\x18\x01 \x03(\v2\x1d.dbcontroller.v1.HoldingGroupR\x06groups\x12I\n" +
+	"\x05rates\x18\x02 \x03(\v23.dbcontroller.v1.MeasureHoldingsResponse.RatesEntryR\x05rates\x1a8\n" +
+	"\n" +
+	"RatesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\x9c\x01\n" +
+	"\fHoldingGroup\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x1a\n" +
+	"\bregional\x18\x02 \x01(\bR\bregional\x12\x18\n" +
+	"\aregions\x18\x03 \x03(\tR\aregions\x12\x12\n" +
+	"\x04rows\x18\x04 \x01(\x03R\x04rows\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\x12\x18\n" +
+	"\aexample\x18\x06 \x01(\tR\aexample\"i\n" +
 	"\bQuestion\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12\x14\n" +
@@ -3155,8 +3375,7 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"\x1bWatchResourceShadowsRequest\"s\n" +
 	"\x1cWatchResourceShadowsResponse\x129\n" +
 	"\ashadows\x18\x01 \x03(\v2\x1f.dbcontroller.v1.ResourceShadowR\ashadows\x12\x18\n" +
-	"\acurrent\x18\x02 \x01(\bR\acurrent2\xd4\n" +
-	"\n" +
+	"\acurrent\x18\x02 \x01(\bR\acurrent2\xbc\v\n" +
 	"\vSchemaMixin\x12r\n" +
 	"\x13EstablishReferences\x12+.dbcontroller.v1.EstablishReferencesRequest\x1a,.dbcontroller.v1.EstablishReferencesResponse\"\x00\x12i\n" +
 	"\x10ConfirmBlockades\x12(.dbcontroller.v1.ConfirmBlockadesRequest\x1a).dbcontroller.v1.ConfirmBlockadesResponse\"\x00\x12\x81\x01\n" +
@@ -3168,7 +3387,8 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"\x18RemoveMetaOwnerReference\x120.dbcontroller.v1.RemoveMetaOwnerReferenceRequest\x1a1.dbcontroller.v1.RemoveMetaOwnerReferenceResponse\"\x00\x12c\n" +
 	"\x0eListMetaOwnees\x12&.dbcontroller.v1.ListMetaOwneesRequest\x1a'.dbcontroller.v1.ListMetaOwneesResponse\"\x00\x12\x92\x01\n" +
 	"\x1dWatchImportedServiceDeletions\x125.dbcontroller.v1.WatchImportedServiceDeletionsRequest\x1a6.dbcontroller.v1.WatchImportedServiceDeletionsResponse\"\x000\x01\x12]\n" +
-	"\fPlanDeletion\x12$.dbcontroller.v1.PlanDeletionRequest\x1a%.dbcontroller.v1.PlanDeletionResponse\"\x002\xe1\x02\n" +
+	"\fPlanDeletion\x12$.dbcontroller.v1.PlanDeletionRequest\x1a%.dbcontroller.v1.PlanDeletionResponse\"\x00\x12f\n" +
+	"\x0fMeasureHoldings\x12'.dbcontroller.v1.MeasureHoldingsRequest\x1a(.dbcontroller.v1.MeasureHoldingsResponse\"\x002\xe1\x02\n" +
 	"\x0fResourceShadows\x12a\n" +
 	"\x11GetResourceShadow\x12).dbcontroller.v1.GetResourceShadowRequest\x1a\x1f.dbcontroller.v1.ResourceShadow\"\x00\x12r\n" +
 	"\x13ListResourceShadows\x12+.dbcontroller.v1.ListResourceShadowsRequest\x1a,.dbcontroller.v1.ListResourceShadowsResponse\"\x00\x12w\n" +
@@ -3187,7 +3407,7 @@ func file_dbcontroller_v1_mixin_proto_rawDescGZIP() []byte {
 }
 
 var file_dbcontroller_v1_mixin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dbcontroller_v1_mixin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_dbcontroller_v1_mixin_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_dbcontroller_v1_mixin_proto_goTypes = []any{
 	(ConfirmMetaOwnerResponse_Outcome)(0),                // 0: dbcontroller.v1.ConfirmMetaOwnerResponse.Outcome
 	(*Location)(nil),                                     // 1: dbcontroller.v1.Location
@@ -3199,135 +3419,144 @@ var file_dbcontroller_v1_mixin_proto_goTypes = []any{
 	(*ConfirmBlockadesRequest)(nil),                      // 7: dbcontroller.v1.ConfirmBlockadesRequest
 	(*ConfirmedReference)(nil),                           // 8: dbcontroller.v1.ConfirmedReference
 	(*ConfirmBlockadesResponse)(nil),                     // 9: dbcontroller.v1.ConfirmBlockadesResponse
-	(*Question)(nil),                                     // 10: dbcontroller.v1.Question
-	(*CheckIfResourceIsBlockedRequest)(nil),              // 11: dbcontroller.v1.CheckIfResourceIsBlockedRequest
-	(*CheckIfResourceIsBlockedResponse)(nil),             // 12: dbcontroller.v1.CheckIfResourceIsBlockedResponse
-	(*BlockedAnswer)(nil),                                // 13: dbcontroller.v1.BlockedAnswer
-	(*CheckIfResourceHasDeletionSubscriberRequest)(nil),  // 14: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
-	(*CheckIfResourceHasDeletionSubscriberResponse)(nil), // 15: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
-	(*Spelling)(nil),                                     // 16: dbcontroller.v1.Spelling
-	(*CheckIfHasMetaOwneeRequest)(nil),                   // 17: dbcontroller.v1.CheckIfHasMetaOwneeRequest
-	(*CheckIfHasMetaOwneeResponse)(nil),                  // 18: dbcontroller.v1.CheckIfHasMetaOwneeResponse
-	(*ConfirmMetaOwnerRequest)(nil),                      // 19: dbcontroller.v1.ConfirmMetaOwnerRequest
-	(*ConfirmMetaOwnerResponse)(nil),                     // 20: dbcontroller.v1.ConfirmMetaOwnerResponse
-	(*UpgradeMetaOwnerVersionRequest)(nil),               // 21: dbcontroller.v1.UpgradeMetaOwnerVersionRequest
-	(*UpgradeMetaOwnerVersionResponse)(nil),              // 22: dbcontroller.v1.UpgradeMetaOwnerVersionResponse
-	(*RemoveMetaOwnerReferenceRequest)(nil),              // 23: dbcontroller.v1.RemoveMetaOwnerReferenceRequest
-	(*RemoveMetaOwnerReferenceResponse)(nil),             // 24: dbcontroller.v1.RemoveMetaOwnerReferenceResponse
-	(*ListMetaOwneesRequest)(nil),                        // 25: dbcontroller.v1.ListMetaOwneesRequest
-	(*ListMetaOwneesResponse)(nil),                       // 26: dbcontroller.v1.ListMetaOwneesResponse
-	(*MetaOwnee)(nil),                                    // 27: dbcontroller.v1.MetaOwnee
-	(*WatchImportedServiceDeletionsRequest)(nil),         // 28: dbcontroller.v1.WatchImportedServiceDeletionsRequest
-	(*WatchImportedServiceDeletionsResponse)(nil),        // 29: dbcontroller.v1.WatchImportedServiceDeletionsResponse
-	(*DeletingShadow)(nil),                               // 30: dbcontroller.v1.DeletingShadow
-	(*PlanDeletionRequest)(nil),                          // 31: dbcontroller.v1.PlanDeletionRequest
-	(*PlanDeletionResponse)(nil),                         // 32: dbcontroller.v1.PlanDeletionResponse
-	(*Planned)(nil),                                      // 33: dbcontroller.v1.Planned
-	(*DeletionBlocker)(nil),                              // 34: dbcontroller.v1.DeletionBlocker
-	(*PlannedSource)(nil),                                // 35: dbcontroller.v1.PlannedSource
-	(*ResourceShadow)(nil),                               // 36: dbcontroller.v1.ResourceShadow
-	(*ShadowReference)(nil),                              // 37: dbcontroller.v1.ShadowReference
-	(*ShadowSource)(nil),                                 // 38: dbcontroller.v1.ShadowSource
-	(*TentativeBlockade)(nil),                            // 39: dbcontroller.v1.TentativeBlockade
-	(*GetResourceShadowRequest)(nil),                     // 40: dbcontroller.v1.GetResourceShadowRequest
-	(*ListResourceShadowsRequest)(nil),                   // 41: dbcontroller.v1.ListResourceShadowsRequest
-	(*ListResourceShadowsResponse)(nil),                  // 42: dbcontroller.v1.ListResourceShadowsResponse
-	(*WatchResourceShadowsRequest)(nil),                  // 43: dbcontroller.v1.WatchResourceShadowsRequest
-	(*WatchResourceShadowsResponse)(nil),                 // 44: dbcontroller.v1.WatchResourceShadowsResponse
-	(*durationpb.Duration)(nil),                          // 45: google.protobuf.Duration
-	(*OwnerReference)(nil),                               // 46: dbcontroller.v1.OwnerReference
-	(*timestamppb.Timestamp)(nil),                        // 47: google.protobuf.Timestamp
+	(*MeasureHoldingsRequest)(nil),                       // 10: dbcontroller.v1.MeasureHoldingsRequest
+	(*MeasureHoldingsResponse)(nil),                      // 11: dbcontroller.v1.MeasureHoldingsResponse
+	(*HoldingGroup)(nil),                                 // 12: dbcontroller.v1.HoldingGroup
+	(*Question)(nil),                                     // 13: dbcontroller.v1.Question
+	(*CheckIfResourceIsBlockedRequest)(nil),              // 14: dbcontroller.v1.CheckIfResourceIsBlockedRequest
+	(*CheckIfResourceIsBlockedResponse)(nil),             // 15: dbcontroller.v1.CheckIfResourceIsBlockedResponse
+	(*BlockedAnswer)(nil),                                // 16: dbcontroller.v1.BlockedAnswer
+	(*CheckIfResourceHasDeletionSubscriberRequest)(nil),  // 17: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
+	(*CheckIfResourceHasDeletionSubscriberResponse)(nil), // 18: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
+	(*Spelling)(nil),                                     // 19: dbcontroller.v1.Spelling
+	(*CheckIfHasMetaOwneeRequest)(nil),                   // 20: dbcontroller.v1.CheckIfHasMetaOwneeRequest
+	(*CheckIfHasMetaOwneeResponse)(nil),                  // 21: dbcontroller.v1.CheckIfHasMetaOwneeResponse
+	(*ConfirmMetaOwnerRequest)(nil),                      // 22: dbcontroller.v1.ConfirmMetaOwnerRequest
+	(*ConfirmMetaOwnerResponse)(nil),                     // 23: dbcontroller.v1.ConfirmMetaOwnerResponse
+	(*UpgradeMetaOwnerVersionRequest)(nil),               // 24: dbcontroller.v1.UpgradeMetaOwnerVersionRequest
+	(*UpgradeMetaOwnerVersionResponse)(nil),              // 25: dbcontroller.v1.UpgradeMetaOwnerVersionResponse
+	(*RemoveMetaOwnerReferenceRequest)(nil),              // 26: dbcontroller.v1.RemoveMetaOwnerReferenceRequest
+	(*RemoveMetaOwnerReferenceResponse)(nil),             // 27: dbcontroller.v1.RemoveMetaOwnerReferenceResponse
+	(*ListMetaOwneesRequest)(nil),                        // 28: dbcontroller.v1.ListMetaOwneesRequest
+	(*ListMetaOwneesResponse)(nil),                       // 29: dbcontroller.v1.ListMetaOwneesResponse
+	(*MetaOwnee)(nil),                                    // 30: dbcontroller.v1.MetaOwnee
+	(*WatchImportedServiceDeletionsRequest)(nil),         // 31: dbcontroller.v1.WatchImportedServiceDeletionsRequest
+	(*WatchImportedServiceDeletionsResponse)(nil),        // 32: dbcontroller.v1.WatchImportedServiceDeletionsResponse
+	(*DeletingShadow)(nil),                               // 33: dbcontroller.v1.DeletingShadow
+	(*PlanDeletionRequest)(nil),                          // 34: dbcontroller.v1.PlanDeletionRequest
+	(*PlanDeletionResponse)(nil),                         // 35: dbcontroller.v1.PlanDeletionResponse
+	(*Planned)(nil),                                      // 36: dbcontroller.v1.Planned
+	(*DeletionBlocker)(nil),                              // 37: dbcontroller.v1.DeletionBlocker
+	(*PlannedSource)(nil),                                // 38: dbcontroller.v1.PlannedSource
+	(*ResourceShadow)(nil),                               // 39: dbcontroller.v1.ResourceShadow
+	(*ShadowReference)(nil),                              // 40: dbcontroller.v1.ShadowReference
+	(*ShadowSource)(nil),                                 // 41: dbcontroller.v1.ShadowSource
+	(*TentativeBlockade)(nil),                            // 42: dbcontroller.v1.TentativeBlockade
+	(*GetResourceShadowRequest)(nil),                     // 43: dbcontroller.v1.GetResourceShadowRequest
+	(*ListResourceShadowsRequest)(nil),                   // 44: dbcontroller.v1.ListResourceShadowsRequest
+	(*ListResourceShadowsResponse)(nil),                  // 45: dbcontroller.v1.ListResourceShadowsResponse
+	(*WatchResourceShadowsRequest)(nil),                  // 46: dbcontroller.v1.WatchResourceShadowsRequest
+	(*WatchResourceShadowsResponse)(nil),                 // 47: dbcontroller.v1.WatchResourceShadowsResponse
+	nil,                                                  // 48: dbcontroller.v1.MeasureHoldingsResponse.RatesEntry
+	(*durationpb.Duration)(nil),                          // 49: google.protobuf.Duration
+	(*OwnerReference)(nil),                               // 50: dbcontroller.v1.OwnerReference
+	(*timestamppb.Timestamp)(nil),                        // 51: google.protobuf.Timestamp
 }
 var file_dbcontroller_v1_mixin_proto_depIdxs = []int32{
 	1,  // 0: dbcontroller.v1.Call.requester:type_name -> dbcontroller.v1.Location
 	1,  // 1: dbcontroller.v1.Call.callee:type_name -> dbcontroller.v1.Location
 	2,  // 2: dbcontroller.v1.EstablishReferencesRequest.call:type_name -> dbcontroller.v1.Call
 	4,  // 3: dbcontroller.v1.EstablishReferencesRequest.targets:type_name -> dbcontroller.v1.NewReference
-	45, // 4: dbcontroller.v1.EstablishReferencesRequest.ttl:type_name -> google.protobuf.Duration
+	49, // 4: dbcontroller.v1.EstablishReferencesRequest.ttl:type_name -> google.protobuf.Duration
 	6,  // 5: dbcontroller.v1.EstablishReferencesResponse.grants:type_name -> dbcontroller.v1.Grant
-	45, // 6: dbcontroller.v1.EstablishReferencesResponse.granted:type_name -> google.protobuf.Duration
+	49, // 6: dbcontroller.v1.EstablishReferencesResponse.granted:type_name -> google.protobuf.Duration
 	2,  // 7: dbcontroller.v1.ConfirmBlockadesRequest.call:type_name -> dbcontroller.v1.Call
 	8,  // 8: dbcontroller.v1.ConfirmBlockadesRequest.references:type_name -> dbcontroller.v1.ConfirmedReference
-	2,  // 9: dbcontroller.v1.CheckIfResourceIsBlockedRequest.call:type_name -> dbcontroller.v1.Call
-	10, // 10: dbcontroller.v1.CheckIfResourceIsBlockedRequest.targets:type_name -> dbcontroller.v1.Question
-	13, // 11: dbcontroller.v1.CheckIfResourceIsBlockedResponse.answers:type_name -> dbcontroller.v1.BlockedAnswer
-	2,  // 12: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest.call:type_name -> dbcontroller.v1.Call
-	10, // 13: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest.target:type_name -> dbcontroller.v1.Question
-	2,  // 14: dbcontroller.v1.CheckIfHasMetaOwneeRequest.call:type_name -> dbcontroller.v1.Call
-	16, // 15: dbcontroller.v1.CheckIfHasMetaOwneeRequest.owner_names:type_name -> dbcontroller.v1.Spelling
-	2,  // 16: dbcontroller.v1.ConfirmMetaOwnerRequest.call:type_name -> dbcontroller.v1.Call
-	16, // 17: dbcontroller.v1.ConfirmMetaOwnerRequest.ownee:type_name -> dbcontroller.v1.Spelling
-	16, // 18: dbcontroller.v1.ConfirmMetaOwnerRequest.owner:type_name -> dbcontroller.v1.Spelling
-	0,  // 19: dbcontroller.v1.ConfirmMetaOwnerResponse.outcome:type_name -> dbcontroller.v1.ConfirmMetaOwnerResponse.Outcome
-	16, // 20: dbcontroller.v1.ConfirmMetaOwnerResponse.current:type_name -> dbcontroller.v1.Spelling
-	2,  // 21: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.call:type_name -> dbcontroller.v1.Call
-	16, // 22: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.ownee:type_name -> dbcontroller.v1.Spelling
-	16, // 23: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.from:type_name -> dbcontroller.v1.Spelling
-	16, // 24: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.to:type_name -> dbcontroller.v1.Spelling
-	2,  // 25: dbcontroller.v1.RemoveMetaOwnerReferenceRequest.call:type_name -> dbcontroller.v1.Call
-	16, // 26: dbcontroller.v1.RemoveMetaOwnerReferenceRequest.ownee:type_name -> dbcontroller.v1.Spelling
-	16, // 27: dbcontroller.v1.RemoveMetaOwnerReferenceRequest.owner:type_name -> dbcontroller.v1.Spelling
-	2,  // 28: dbcontroller.v1.ListMetaOwneesRequest.call:type_name -> dbcontroller.v1.Call
-	16, // 29: dbcontroller.v1.ListMetaOwneesRequest.owner_names:type_name -> dbcontroller.v1.Spelling
-	27, // 30: dbcontroller.v1.ListMetaOwneesResponse.ownees:type_name -> dbcontroller.v1.MetaOwnee
-	16, // 31: dbcontroller.v1.MetaOwnee.ownee:type_name -> dbcontroller.v1.Spelling
-	46, // 32: dbcontroller.v1.MetaOwnee.reference:type_name -> dbcontroller.v1.OwnerReference
-	2,  // 33: dbcontroller.v1.WatchImportedServiceDeletionsRequest.call:type_name -> dbcontroller.v1.Call
-	30, // 34: dbcontroller.v1.WatchImportedServiceDeletionsResponse.deleting:type_name -> dbcontroller.v1.DeletingShadow
-	2,  // 35: dbcontroller.v1.PlanDeletionRequest.call:type_name -> dbcontroller.v1.Call
-	1,  // 36: dbcontroller.v1.PlanDeletionRequest.owner:type_name -> dbcontroller.v1.Location
-	33, // 37: dbcontroller.v1.PlanDeletionResponse.deletes:type_name -> dbcontroller.v1.Planned
-	33, // 38: dbcontroller.v1.PlanDeletionResponse.unsets:type_name -> dbcontroller.v1.Planned
-	34, // 39: dbcontroller.v1.PlanDeletionResponse.blockers:type_name -> dbcontroller.v1.DeletionBlocker
-	35, // 40: dbcontroller.v1.PlanDeletionResponse.sources:type_name -> dbcontroller.v1.PlannedSource
-	1,  // 41: dbcontroller.v1.DeletionBlocker.location:type_name -> dbcontroller.v1.Location
-	47, // 42: dbcontroller.v1.DeletionBlocker.tentative_until:type_name -> google.protobuf.Timestamp
-	1,  // 43: dbcontroller.v1.PlannedSource.location:type_name -> dbcontroller.v1.Location
-	47, // 44: dbcontroller.v1.ResourceShadow.task_time:type_name -> google.protobuf.Timestamp
-	47, // 45: dbcontroller.v1.ResourceShadow.delete_time:type_name -> google.protobuf.Timestamp
-	37, // 46: dbcontroller.v1.ResourceShadow.references:type_name -> dbcontroller.v1.ShadowReference
-	38, // 47: dbcontroller.v1.ResourceShadow.sources:type_name -> dbcontroller.v1.ShadowSource
-	39, // 48: dbcontroller.v1.ResourceShadow.tentative_blockades:type_name -> dbcontroller.v1.TentativeBlockade
-	47, // 49: dbcontroller.v1.ResourceShadow.next_retry:type_name -> google.protobuf.Timestamp
-	1,  // 50: dbcontroller.v1.ShadowReference.location:type_name -> dbcontroller.v1.Location
-	1,  // 51: dbcontroller.v1.ShadowSource.location:type_name -> dbcontroller.v1.Location
-	1,  // 52: dbcontroller.v1.TentativeBlockade.location:type_name -> dbcontroller.v1.Location
-	47, // 53: dbcontroller.v1.TentativeBlockade.expire_time:type_name -> google.protobuf.Timestamp
-	36, // 54: dbcontroller.v1.ListResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
-	36, // 55: dbcontroller.v1.WatchResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
-	3,  // 56: dbcontroller.v1.SchemaMixin.EstablishReferences:input_type -> dbcontroller.v1.EstablishReferencesRequest
-	7,  // 57: dbcontroller.v1.SchemaMixin.ConfirmBlockades:input_type -> dbcontroller.v1.ConfirmBlockadesRequest
-	11, // 58: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:input_type -> dbcontroller.v1.CheckIfResourceIsBlockedRequest
-	14, // 59: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:input_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
-	17, // 60: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:input_type -> dbcontroller.v1.CheckIfHasMetaOwneeRequest
-	19, // 61: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:input_type -> dbcontroller.v1.ConfirmMetaOwnerRequest
-	21, // 62: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:input_type -> dbcontroller.v1.UpgradeMetaOwnerVersionRequest
-	23, // 63: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:input_type -> dbcontroller.v1.RemoveMetaOwnerReferenceRequest
-	25, // 64: dbcontroller.v1.SchemaMixin.ListMetaOwnees:input_type -> dbcontroller.v1.ListMetaOwneesRequest
-	28, // 65: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:input_type -> dbcontroller.v1.WatchImportedServiceDeletionsRequest
-	31, // 66: dbcontroller.v1.SchemaMixin.PlanDeletion:input_type -> dbcontroller.v1.PlanDeletionRequest
-	40, // 67: dbcontroller.v1.ResourceShadows.GetResourceShadow:input_type -> dbcontroller.v1.GetResourceShadowRequest
-	41, // 68: dbcontroller.v1.ResourceShadows.ListResourceShadows:input_type -> dbcontroller.v1.ListResourceShadowsRequest
-	43, // 69: dbcontroller.v1.ResourceShadows.WatchResourceShadows:input_type -> dbcontroller.v1.WatchResourceShadowsRequest
-	5,  // 70: dbcontroller.v1.SchemaMixin.EstablishReferences:output_type -> dbcontroller.v1.EstablishReferencesResponse
-	9,  // 71: dbcontroller.v1.SchemaMixin.ConfirmBlockades:output_type -> dbcontroller.v1.ConfirmBlockadesResponse
-	12, // 72: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:output_type -> dbcontroller.v1.CheckIfResourceIsBlockedResponse
-	15, // 73: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:output_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
-	18, // 74: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:output_type -> dbcontroller.v1.CheckIfHasMetaOwneeResponse
-	20, // 75: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:output_type -> dbcontroller.v1.ConfirmMetaOwnerResponse
-	22, // 76: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:output_type -> dbcontroller.v1.UpgradeMetaOwnerVersionResponse
-	24, // 77: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:output_type -> dbcontroller.v1.RemoveMetaOwnerReferenceResponse
-	26, // 78: dbcontroller.v1.SchemaMixin.ListMetaOwnees:output_type -> dbcontroller.v1.ListMetaOwneesResponse
-	29, // 79: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:output_type -> dbcontroller.v1.WatchImportedServiceDeletionsResponse
-	32, // 80: dbcontroller.v1.SchemaMixin.PlanDeletion:output_type -> dbcontroller.v1.PlanDeletionResponse
-	36, // 81: dbcontroller.v1.ResourceShadows.GetResourceShadow:output_type -> dbcontroller.v1.ResourceShadow
-	42, // 82: dbcontroller.v1.ResourceShadows.ListResourceShadows:output_type -> dbcontroller.v1.ListResourceShadowsResponse
-	44, // 83: dbcontroller.v1.ResourceShadows.WatchResourceShadows:output_type -> dbcontroller.v1.WatchResourceShadowsResponse
-	70, // [70:84] is the sub-list for method output_type
-	56, // [56:70] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	2,  // 9: dbcontroller.v1.MeasureHoldingsRequest.call:type_name -> dbcontroller.v1.Call
+	12, // 10: dbcontroller.v1.MeasureHoldingsResponse.groups:type_name -> dbcontroller.v1.HoldingGroup
+	48, // 11: dbcontroller.v1.MeasureHoldingsResponse.rates:type_name -> dbcontroller.v1.MeasureHoldingsResponse.RatesEntry
+	2,  // 12: dbcontroller.v1.CheckIfResourceIsBlockedRequest.call:type_name -> dbcontroller.v1.Call
+	13, // 13: dbcontroller.v1.CheckIfResourceIsBlockedRequest.targets:type_name -> dbcontroller.v1.Question
+	16, // 14: dbcontroller.v1.CheckIfResourceIsBlockedResponse.answers:type_name -> dbcontroller.v1.BlockedAnswer
+	2,  // 15: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest.call:type_name -> dbcontroller.v1.Call
+	13, // 16: dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest.target:type_name -> dbcontroller.v1.Question
+	2,  // 17: dbcontroller.v1.CheckIfHasMetaOwneeRequest.call:type_name -> dbcontroller.v1.Call
+	19, // 18: dbcontroller.v1.CheckIfHasMetaOwneeRequest.owner_names:type_name -> dbcontroller.v1.Spelling
+	2,  // 19: dbcontroller.v1.ConfirmMetaOwnerRequest.call:type_name -> dbcontroller.v1.Call
+	19, // 20: dbcontroller.v1.ConfirmMetaOwnerRequest.ownee:type_name -> dbcontroller.v1.Spelling
+	19, // 21: dbcontroller.v1.ConfirmMetaOwnerRequest.owner:type_name -> dbcontroller.v1.Spelling
+	0,  // 22: dbcontroller.v1.ConfirmMetaOwnerResponse.outcome:type_name -> dbcontroller.v1.ConfirmMetaOwnerResponse.Outcome
+	19, // 23: dbcontroller.v1.ConfirmMetaOwnerResponse.current:type_name -> dbcontroller.v1.Spelling
+	2,  // 24: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.call:type_name -> dbcontroller.v1.Call
+	19, // 25: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.ownee:type_name -> dbcontroller.v1.Spelling
+	19, // 26: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.from:type_name -> dbcontroller.v1.Spelling
+	19, // 27: dbcontroller.v1.UpgradeMetaOwnerVersionRequest.to:type_name -> dbcontroller.v1.Spelling
+	2,  // 28: dbcontroller.v1.RemoveMetaOwnerReferenceRequest.call:type_name -> dbcontroller.v1.Call
+	19, // 29: dbcontroller.v1.RemoveMetaOwnerReferenceRequest.ownee:type_name -> dbcontroller.v1.Spelling
+	19, // 30: dbcontroller.v1.RemoveMetaOwnerReferenceRequest.owner:type_name -> dbcontroller.v1.Spelling
+	2,  // 31: dbcontroller.v1.ListMetaOwneesRequest.call:type_name -> dbcontroller.v1.Call
+	19, // 32: dbcontroller.v1.ListMetaOwneesRequest.owner_names:type_name -> dbcontroller.v1.Spelling
+	30, // 33: dbcontroller.v1.ListMetaOwneesResponse.ownees:type_name -> dbcontroller.v1.MetaOwnee
+	19, // 34: dbcontroller.v1.MetaOwnee.ownee:type_name -> dbcontroller.v1.Spelling
+	50, // 35: dbcontroller.v1.MetaOwnee.reference:type_name -> dbcontroller.v1.OwnerReference
+	2,  // 36: dbcontroller.v1.WatchImportedServiceDeletionsRequest.call:type_name -> dbcontroller.v1.Call
+	33, // 37: dbcontroller.v1.WatchImportedServiceDeletionsResponse.deleting:type_name -> dbcontroller.v1.DeletingShadow
+	2,  // 38: dbcontroller.v1.PlanDeletionRequest.call:type_name -> dbcontroller.v1.Call
+	1,  // 39: dbcontroller.v1.PlanDeletionRequest.owner:type_name -> dbcontroller.v1.Location
+	36, // 40: dbcontroller.v1.PlanDeletionResponse.deletes:type_name -> dbcontroller.v1.Planned
+	36, // 41: dbcontroller.v1.PlanDeletionResponse.unsets:type_name -> dbcontroller.v1.Planned
+	37, // 42: dbcontroller.v1.PlanDeletionResponse.blockers:type_name -> dbcontroller.v1.DeletionBlocker
+	38, // 43: dbcontroller.v1.PlanDeletionResponse.sources:type_name -> dbcontroller.v1.PlannedSource
+	1,  // 44: dbcontroller.v1.DeletionBlocker.location:type_name -> dbcontroller.v1.Location
+	51, // 45: dbcontroller.v1.DeletionBlocker.tentative_until:type_name -> google.protobuf.Timestamp
+	1,  // 46: dbcontroller.v1.PlannedSource.location:type_name -> dbcontroller.v1.Location
+	51, // 47: dbcontroller.v1.ResourceShadow.task_time:type_name -> google.protobuf.Timestamp
+	51, // 48: dbcontroller.v1.ResourceShadow.delete_time:type_name -> google.protobuf.Timestamp
+	40, // 49: dbcontroller.v1.ResourceShadow.references:type_name -> dbcontroller.v1.ShadowReference
+	41, // 50: dbcontroller.v1.ResourceShadow.sources:type_name -> dbcontroller.v1.ShadowSource
+	42, // 51: dbcontroller.v1.ResourceShadow.tentative_blockades:type_name -> dbcontroller.v1.TentativeBlockade
+	51, // 52: dbcontroller.v1.ResourceShadow.next_retry:type_name -> google.protobuf.Timestamp
+	1,  // 53: dbcontroller.v1.ShadowReference.location:type_name -> dbcontroller.v1.Location
+	1,  // 54: dbcontroller.v1.ShadowSource.location:type_name -> dbcontroller.v1.Location
+	1,  // 55: dbcontroller.v1.TentativeBlockade.location:type_name -> dbcontroller.v1.Location
+	51, // 56: dbcontroller.v1.TentativeBlockade.expire_time:type_name -> google.protobuf.Timestamp
+	39, // 57: dbcontroller.v1.ListResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
+	39, // 58: dbcontroller.v1.WatchResourceShadowsResponse.shadows:type_name -> dbcontroller.v1.ResourceShadow
+	3,  // 59: dbcontroller.v1.SchemaMixin.EstablishReferences:input_type -> dbcontroller.v1.EstablishReferencesRequest
+	7,  // 60: dbcontroller.v1.SchemaMixin.ConfirmBlockades:input_type -> dbcontroller.v1.ConfirmBlockadesRequest
+	14, // 61: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:input_type -> dbcontroller.v1.CheckIfResourceIsBlockedRequest
+	17, // 62: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:input_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberRequest
+	20, // 63: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:input_type -> dbcontroller.v1.CheckIfHasMetaOwneeRequest
+	22, // 64: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:input_type -> dbcontroller.v1.ConfirmMetaOwnerRequest
+	24, // 65: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:input_type -> dbcontroller.v1.UpgradeMetaOwnerVersionRequest
+	26, // 66: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:input_type -> dbcontroller.v1.RemoveMetaOwnerReferenceRequest
+	28, // 67: dbcontroller.v1.SchemaMixin.ListMetaOwnees:input_type -> dbcontroller.v1.ListMetaOwneesRequest
+	31, // 68: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:input_type -> dbcontroller.v1.WatchImportedServiceDeletionsRequest
+	34, // 69: dbcontroller.v1.SchemaMixin.PlanDeletion:input_type -> dbcontroller.v1.PlanDeletionRequest
+	10, // 70: dbcontroller.v1.SchemaMixin.MeasureHoldings:input_type -> dbcontroller.v1.MeasureHoldingsRequest
+	43, // 71: dbcontroller.v1.ResourceShadows.GetResourceShadow:input_type -> dbcontroller.v1.GetResourceShadowRequest
+	44, // 72: dbcontroller.v1.ResourceShadows.ListResourceShadows:input_type -> dbcontroller.v1.ListResourceShadowsRequest
+	46, // 73: dbcontroller.v1.ResourceShadows.WatchResourceShadows:input_type -> dbcontroller.v1.WatchResourceShadowsRequest
+	5,  // 74: dbcontroller.v1.SchemaMixin.EstablishReferences:output_type -> dbcontroller.v1.EstablishReferencesResponse
+	9,  // 75: dbcontroller.v1.SchemaMixin.ConfirmBlockades:output_type -> dbcontroller.v1.ConfirmBlockadesResponse
+	15, // 76: dbcontroller.v1.SchemaMixin.CheckIfResourceIsBlocked:output_type -> dbcontroller.v1.CheckIfResourceIsBlockedResponse
+	18, // 77: dbcontroller.v1.SchemaMixin.CheckIfResourceHasDeletionSubscriber:output_type -> dbcontroller.v1.CheckIfResourceHasDeletionSubscriberResponse
+	21, // 78: dbcontroller.v1.SchemaMixin.CheckIfHasMetaOwnee:output_type -> dbcontroller.v1.CheckIfHasMetaOwneeResponse
+	23, // 79: dbcontroller.v1.SchemaMixin.ConfirmMetaOwner:output_type -> dbcontroller.v1.ConfirmMetaOwnerResponse
+	25, // 80: dbcontroller.v1.SchemaMixin.UpgradeMetaOwnerVersion:output_type -> dbcontroller.v1.UpgradeMetaOwnerVersionResponse
+	27, // 81: dbcontroller.v1.SchemaMixin.RemoveMetaOwnerReference:output_type -> dbcontroller.v1.RemoveMetaOwnerReferenceResponse
+	29, // 82: dbcontroller.v1.SchemaMixin.ListMetaOwnees:output_type -> dbcontroller.v1.ListMetaOwneesResponse
+	32, // 83: dbcontroller.v1.SchemaMixin.WatchImportedServiceDeletions:output_type -> dbcontroller.v1.WatchImportedServiceDeletionsResponse
+	35, // 84: dbcontroller.v1.SchemaMixin.PlanDeletion:output_type -> dbcontroller.v1.PlanDeletionResponse
+	11, // 85: dbcontroller.v1.SchemaMixin.MeasureHoldings:output_type -> dbcontroller.v1.MeasureHoldingsResponse
+	39, // 86: dbcontroller.v1.ResourceShadows.GetResourceShadow:output_type -> dbcontroller.v1.ResourceShadow
+	45, // 87: dbcontroller.v1.ResourceShadows.ListResourceShadows:output_type -> dbcontroller.v1.ListResourceShadowsResponse
+	47, // 88: dbcontroller.v1.ResourceShadows.WatchResourceShadows:output_type -> dbcontroller.v1.WatchResourceShadowsResponse
+	74, // [74:89] is the sub-list for method output_type
+	59, // [59:74] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_mixin_proto_init() }
@@ -3342,7 +3571,7 @@ func file_dbcontroller_v1_mixin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dbcontroller_v1_mixin_proto_rawDesc), len(file_dbcontroller_v1_mixin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   44,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

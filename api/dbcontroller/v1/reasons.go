@@ -13,4 +13,7 @@ const (
 	ReasonWrongRegion = "WRONG_REGION"
 	// ForwardedByHeader carries the region that forwarded a write. A forwarded write is never forwarded again.
 	ForwardedByHeader = "Dbc-Forwarded-By"
+	// MinVersionHeader of a Get, BatchGet or List carries an etag that the caller has seen: no cache then answers with anything older. REST also takes the
+	// query parameter min_version.
+	MinVersionHeader = "X-Min-Version"
 )

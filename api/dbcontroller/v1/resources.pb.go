@@ -85,7 +85,7 @@ func (x OwnerDecision_By) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OwnerDecision_By.Descriptor instead.
 func (OwnerDecision_By) EnumDescriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{20, 0}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26, 0}
 }
 
 // Resource is one resource with its metadata.
@@ -715,6 +715,387 @@ func (x *ListResponse) GetNextPageToken() string {
 	return ""
 }
 
+type SearchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The collection, for example sections/admin/packages; "-" as a parent id means every parent: sections/-/packages.
+	Collection string `protobuf:"bytes,1,opt,name=collection,proto3" json:"collection,omitempty"`
+	// Words that must all occur in the searched fields; "a phrase", or, and -not. Empty: everything that the filter matches.
+	Query string `protobuf:"bytes,2,opt,name=query,proto3" json:"query,omitempty"`
+	// AIP-160 over the name and the filters that the ServiceDescriptor declares, for example: architecture = amd64.
+	Filter string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	// Declared facets whose values are to be counted.
+	Facets []string `protobuf:"bytes,4,rep,name=facets,proto3" json:"facets,omitempty"`
+	// Default 20, at most 200.
+	PageSize  int32  `protobuf:"varint,5,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken string `protobuf:"bytes,6,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// relevance (default) or name. Without a query hits are ordered by name.
+	OrderBy       string `protobuf:"bytes,7,opt,name=order_by,json=orderBy,proto3" json:"order_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SearchRequest) Reset() {
+	*x = SearchRequest{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SearchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SearchRequest) ProtoMessage() {}
+
+func (x *SearchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SearchRequest.ProtoReflect.Descriptor instead.
+func (*SearchRequest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SearchRequest) GetCollection() string {
+	if x != nil {
+		return x.Collection
+	}
+	return ""
+}
+
+func (x *SearchRequest) GetQuery() string {
+	if x != nil {
+		return x.Query
+	}
+	return ""
+}
+
+func (x *SearchRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *SearchRequest) GetFacets() []string {
+	if x != nil {
+		return x.Facets
+	}
+	return nil
+}
+
+func (x *SearchRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *SearchRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *SearchRequest) GetOrderBy() string {
+	if x != nil {
+		return x.OrderBy
+	}
+	return ""
+}
+
+type SearchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Hits  []*SearchHit           `protobuf:"bytes,1,rep,name=hits,proto3" json:"hits,omitempty"`
+	// In the order of the request; of all hits, not only of this page.
+	Facets []*SearchFacet `protobuf:"bytes,2,rep,name=facets,proto3" json:"facets,omitempty"`
+	// May be set although the page has fewer hits than asked for: what has been deleted a moment ago is left out.
+	NextPageToken string `protobuf:"bytes,3,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SearchResponse) Reset() {
+	*x = SearchResponse{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SearchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SearchResponse) ProtoMessage() {}
+
+func (x *SearchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SearchResponse.ProtoReflect.Descriptor instead.
+func (*SearchResponse) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SearchResponse) GetHits() []*SearchHit {
+	if x != nil {
+		return x.Hits
+	}
+	return nil
+}
+
+func (x *SearchResponse) GetFacets() []*SearchFacet {
+	if x != nil {
+		return x.Facets
+	}
+	return nil
+}
+
+func (x *SearchResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+type SearchHit struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As it is in the database now.
+	Resource *Resource `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
+	// Orders the hits of one query.
+	Score         float64            `protobuf:"fixed64,2,opt,name=score,proto3" json:"score,omitempty"`
+	Highlights    []*SearchHighlight `protobuf:"bytes,3,rep,name=highlights,proto3" json:"highlights,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SearchHit) Reset() {
+	*x = SearchHit{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SearchHit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SearchHit) ProtoMessage() {}
+
+func (x *SearchHit) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SearchHit.ProtoReflect.Descriptor instead.
+func (*SearchHit) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SearchHit) GetResource() *Resource {
+	if x != nil {
+		return x.Resource
+	}
+	return nil
+}
+
+func (x *SearchHit) GetScore() float64 {
+	if x != nil {
+		return x.Score
+	}
+	return 0
+}
+
+func (x *SearchHit) GetHighlights() []*SearchHighlight {
+	if x != nil {
+		return x.Highlights
+	}
+	return nil
+}
+
+type SearchHighlight struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Path of the field.
+	Field string `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// HTML: the words that were found are in <em>, everything else is escaped.
+	Snippet       string `protobuf:"bytes,2,opt,name=snippet,proto3" json:"snippet,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SearchHighlight) Reset() {
+	*x = SearchHighlight{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SearchHighlight) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SearchHighlight) ProtoMessage() {}
+
+func (x *SearchHighlight) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SearchHighlight.ProtoReflect.Descriptor instead.
+func (*SearchHighlight) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SearchHighlight) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *SearchHighlight) GetSnippet() string {
+	if x != nil {
+		return x.Snippet
+	}
+	return ""
+}
+
+type SearchFacet struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Field string                 `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// By falling count, at most 20.
+	Values        []*SearchFacetValue `protobuf:"bytes,2,rep,name=values,proto3" json:"values,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SearchFacet) Reset() {
+	*x = SearchFacet{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SearchFacet) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SearchFacet) ProtoMessage() {}
+
+func (x *SearchFacet) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SearchFacet.ProtoReflect.Descriptor instead.
+func (*SearchFacet) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SearchFacet) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *SearchFacet) GetValues() []*SearchFacetValue {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+type SearchFacetValue struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Value         string                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
+	Count         int64                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SearchFacetValue) Reset() {
+	*x = SearchFacetValue{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SearchFacetValue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SearchFacetValue) ProtoMessage() {}
+
+func (x *SearchFacetValue) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SearchFacetValue.ProtoReflect.Descriptor instead.
+func (*SearchFacetValue) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *SearchFacetValue) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *SearchFacetValue) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 type CreateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Resource      *Resource              `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
@@ -725,7 +1106,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[9]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -737,7 +1118,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[9]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -750,7 +1131,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{9}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateRequest) GetResource() *Resource {
@@ -781,7 +1162,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[10]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +1174,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[10]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +1187,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{10}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UpdateRequest) GetResource() *Resource {
@@ -850,7 +1231,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[11]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +1243,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[11]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +1256,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{11}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteRequest) GetName() string {
@@ -916,7 +1297,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[12]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1309,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[12]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1322,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{12}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DeleteResponse) GetPlan() *DeletionPlan {
@@ -973,7 +1354,7 @@ type DeletionPlan struct {
 
 func (x *DeletionPlan) Reset() {
 	*x = DeletionPlan{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1366,7 @@ func (x *DeletionPlan) String() string {
 func (*DeletionPlan) ProtoMessage() {}
 
 func (x *DeletionPlan) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[13]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1379,7 @@ func (x *DeletionPlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletionPlan.ProtoReflect.Descriptor instead.
 func (*DeletionPlan) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{13}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DeletionPlan) GetRefused() bool {
@@ -1068,7 +1449,7 @@ type PlannedDeployment struct {
 
 func (x *PlannedDeployment) Reset() {
 	*x = PlannedDeployment{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1461,7 @@ func (x *PlannedDeployment) String() string {
 func (*PlannedDeployment) ProtoMessage() {}
 
 func (x *PlannedDeployment) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[14]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1474,7 @@ func (x *PlannedDeployment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedDeployment.ProtoReflect.Descriptor instead.
 func (*PlannedDeployment) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{14}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PlannedDeployment) GetLocation() string {
@@ -1148,7 +1529,7 @@ type PlannedChange struct {
 
 func (x *PlannedChange) Reset() {
 	*x = PlannedChange{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1160,7 +1541,7 @@ func (x *PlannedChange) String() string {
 func (*PlannedChange) ProtoMessage() {}
 
 func (x *PlannedChange) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[15]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1173,7 +1554,7 @@ func (x *PlannedChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedChange.ProtoReflect.Descriptor instead.
 func (*PlannedChange) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{15}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PlannedChange) GetName() string {
@@ -1239,7 +1620,7 @@ type PlannedBlocker struct {
 
 func (x *PlannedBlocker) Reset() {
 	*x = PlannedBlocker{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1251,7 +1632,7 @@ func (x *PlannedBlocker) String() string {
 func (*PlannedBlocker) ProtoMessage() {}
 
 func (x *PlannedBlocker) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[16]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1264,7 +1645,7 @@ func (x *PlannedBlocker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedBlocker.ProtoReflect.Descriptor instead.
 func (*PlannedBlocker) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{16}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PlannedBlocker) GetTarget() string {
@@ -1329,7 +1710,7 @@ type UnaskedDeployment struct {
 
 func (x *UnaskedDeployment) Reset() {
 	*x = UnaskedDeployment{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1341,7 +1722,7 @@ func (x *UnaskedDeployment) String() string {
 func (*UnaskedDeployment) ProtoMessage() {}
 
 func (x *UnaskedDeployment) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[17]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1354,7 +1735,7 @@ func (x *UnaskedDeployment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnaskedDeployment.ProtoReflect.Descriptor instead.
 func (*UnaskedDeployment) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{17}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UnaskedDeployment) GetLocation() string {
@@ -1389,7 +1770,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1401,7 +1782,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[18]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1414,7 +1795,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{18}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExplainRequest) GetName() string {
@@ -1463,7 +1844,7 @@ type Explanation struct {
 
 func (x *Explanation) Reset() {
 	*x = Explanation{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[19]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1856,7 @@ func (x *Explanation) String() string {
 func (*Explanation) ProtoMessage() {}
 
 func (x *Explanation) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[19]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1869,7 @@ func (x *Explanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Explanation.ProtoReflect.Descriptor instead.
 func (*Explanation) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{19}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Explanation) GetName() string {
@@ -1612,7 +1993,7 @@ type OwnerDecision struct {
 
 func (x *OwnerDecision) Reset() {
 	*x = OwnerDecision{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[20]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +2005,7 @@ func (x *OwnerDecision) String() string {
 func (*OwnerDecision) ProtoMessage() {}
 
 func (x *OwnerDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[20]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +2018,7 @@ func (x *OwnerDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OwnerDecision.ProtoReflect.Descriptor instead.
 func (*OwnerDecision) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{20}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OwnerDecision) GetRegion() string {
@@ -1693,7 +2074,7 @@ type RegionState struct {
 
 func (x *RegionState) Reset() {
 	*x = RegionState{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[21]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +2086,7 @@ func (x *RegionState) String() string {
 func (*RegionState) ProtoMessage() {}
 
 func (x *RegionState) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[21]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +2099,7 @@ func (x *RegionState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegionState.ProtoReflect.Descriptor instead.
 func (*RegionState) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{21}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RegionState) GetRegion() string {
@@ -1803,7 +2184,7 @@ type QuarantinedVersion struct {
 
 func (x *QuarantinedVersion) Reset() {
 	*x = QuarantinedVersion{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[22]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1815,7 +2196,7 @@ func (x *QuarantinedVersion) String() string {
 func (*QuarantinedVersion) ProtoMessage() {}
 
 func (x *QuarantinedVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[22]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1828,7 +2209,7 @@ func (x *QuarantinedVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedVersion.ProtoReflect.Descriptor instead.
 func (*QuarantinedVersion) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{22}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *QuarantinedVersion) GetResourceVersion() string {
@@ -1878,7 +2259,7 @@ type OutgoingReference struct {
 
 func (x *OutgoingReference) Reset() {
 	*x = OutgoingReference{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[23]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +2271,7 @@ func (x *OutgoingReference) String() string {
 func (*OutgoingReference) ProtoMessage() {}
 
 func (x *OutgoingReference) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[23]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +2284,7 @@ func (x *OutgoingReference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutgoingReference.ProtoReflect.Descriptor instead.
 func (*OutgoingReference) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{23}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *OutgoingReference) GetKind() string {
@@ -1967,7 +2348,7 @@ type IncomingReferences struct {
 
 func (x *IncomingReferences) Reset() {
 	*x = IncomingReferences{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[24]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1979,7 +2360,7 @@ func (x *IncomingReferences) String() string {
 func (*IncomingReferences) ProtoMessage() {}
 
 func (x *IncomingReferences) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[24]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1992,7 +2373,7 @@ func (x *IncomingReferences) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IncomingReferences.ProtoReflect.Descriptor instead.
 func (*IncomingReferences) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{24}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *IncomingReferences) GetLocation() string {
@@ -2043,7 +2424,7 @@ type Referrer struct {
 
 func (x *Referrer) Reset() {
 	*x = Referrer{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[25]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2055,7 +2436,7 @@ func (x *Referrer) String() string {
 func (*Referrer) ProtoMessage() {}
 
 func (x *Referrer) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[25]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2068,7 +2449,7 @@ func (x *Referrer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Referrer.ProtoReflect.Descriptor instead.
 func (*Referrer) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{25}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Referrer) GetName() string {
@@ -2108,7 +2489,7 @@ type PendingWork struct {
 
 func (x *PendingWork) Reset() {
 	*x = PendingWork{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +2501,7 @@ func (x *PendingWork) String() string {
 func (*PendingWork) ProtoMessage() {}
 
 func (x *PendingWork) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +2514,7 @@ func (x *PendingWork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingWork.ProtoReflect.Descriptor instead.
 func (*PendingWork) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PendingWork) GetState() string {
@@ -2184,7 +2565,7 @@ type Blockade struct {
 
 func (x *Blockade) Reset() {
 	*x = Blockade{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2577,7 @@ func (x *Blockade) String() string {
 func (*Blockade) ProtoMessage() {}
 
 func (x *Blockade) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2590,7 @@ func (x *Blockade) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Blockade.ProtoReflect.Descriptor instead.
 func (*Blockade) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{27}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Blockade) GetLocation() string {
@@ -2233,6 +2614,269 @@ func (x *Blockade) GetExpireTime() *timestamppb.Timestamp {
 	return nil
 }
 
+type PreviewPolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A policy holder; empty for the policy of the service.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The policy that would be, as JSON; empty is the present one.
+	Policy string `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
+	// Regions to enable and to disable in it.
+	AddRegions    []string `protobuf:"bytes,3,rep,name=add_regions,json=addRegions,proto3" json:"add_regions,omitempty"`
+	RemoveRegions []string `protobuf:"bytes,4,rep,name=remove_regions,json=removeRegions,proto3" json:"remove_regions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreviewPolicyRequest) Reset() {
+	*x = PreviewPolicyRequest{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewPolicyRequest) ProtoMessage() {}
+
+func (x *PreviewPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewPolicyRequest.ProtoReflect.Descriptor instead.
+func (*PreviewPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *PreviewPolicyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PreviewPolicyRequest) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *PreviewPolicyRequest) GetAddRegions() []string {
+	if x != nil {
+		return x.AddRegions
+	}
+	return nil
+}
+
+func (x *PreviewPolicyRequest) GetRemoveRegions() []string {
+	if x != nil {
+		return x.RemoveRegions
+	}
+	return nil
+}
+
+// PolicyPreview is what a change of a policy would do now.
+type PolicyPreview struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Why the change would be refused; none if it would be accepted.
+	Refusals []string `protobuf:"bytes,1,rep,name=refusals,proto3" json:"refusals,omitempty"`
+	// Ordered by region, owner and type.
+	Moves []*PolicyMove `protobuf:"bytes,2,rep,name=moves,proto3" json:"moves,omitempty"`
+	// Resources whose metadata.syncing would change, by the region that owns them.
+	Updates map[string]int64 `protobuf:"bytes,3,rep,name=updates,proto3" json:"updates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// About how long it would take, by the rates measured; unknown_rates says for what there is none.
+	Seconds      float64  `protobuf:"fixed64,4,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	UnknownRates []string `protobuf:"bytes,5,rep,name=unknown_rates,json=unknownRates,proto3" json:"unknown_rates,omitempty"`
+	// Regions that could not be asked: what they own is not counted, and the change may be refused because of them.
+	Unasked []*UnaskedDeployment `protobuf:"bytes,6,rep,name=unasked,proto3" json:"unasked,omitempty"`
+	// The policies compared, as JSON.
+	Before        string `protobuf:"bytes,7,opt,name=before,proto3" json:"before,omitempty"`
+	After         string `protobuf:"bytes,8,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyPreview) Reset() {
+	*x = PolicyPreview{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyPreview) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyPreview) ProtoMessage() {}
+
+func (x *PolicyPreview) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyPreview.ProtoReflect.Descriptor instead.
+func (*PolicyPreview) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *PolicyPreview) GetRefusals() []string {
+	if x != nil {
+		return x.Refusals
+	}
+	return nil
+}
+
+func (x *PolicyPreview) GetMoves() []*PolicyMove {
+	if x != nil {
+		return x.Moves
+	}
+	return nil
+}
+
+func (x *PolicyPreview) GetUpdates() map[string]int64 {
+	if x != nil {
+		return x.Updates
+	}
+	return nil
+}
+
+func (x *PolicyPreview) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *PolicyPreview) GetUnknownRates() []string {
+	if x != nil {
+		return x.UnknownRates
+	}
+	return nil
+}
+
+func (x *PolicyPreview) GetUnasked() []*UnaskedDeployment {
+	if x != nil {
+		return x.Unasked
+	}
+	return nil
+}
+
+func (x *PolicyPreview) GetBefore() string {
+	if x != nil {
+		return x.Before
+	}
+	return ""
+}
+
+func (x *PolicyPreview) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+// PolicyMove are copies of one type that would appear in a region, or vanish from it.
+type PolicyMove struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Region        string                 `protobuf:"bytes,1,opt,name=region,proto3" json:"region,omitempty"`
+	Owner         string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	Type          string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Dropped       bool                   `protobuf:"varint,4,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Rows          int64                  `protobuf:"varint,5,opt,name=rows,proto3" json:"rows,omitempty"`
+	Bytes         int64                  `protobuf:"varint,6,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyMove) Reset() {
+	*x = PolicyMove{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyMove) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyMove) ProtoMessage() {}
+
+func (x *PolicyMove) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyMove.ProtoReflect.Descriptor instead.
+func (*PolicyMove) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *PolicyMove) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *PolicyMove) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *PolicyMove) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *PolicyMove) GetDropped() bool {
+	if x != nil {
+		return x.Dropped
+	}
+	return false
+}
+
+func (x *PolicyMove) GetRows() int64 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *PolicyMove) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type BatchWriteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 1000.
@@ -2243,7 +2887,7 @@ type BatchWriteRequest struct {
 
 func (x *BatchWriteRequest) Reset() {
 	*x = BatchWriteRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2255,7 +2899,7 @@ func (x *BatchWriteRequest) String() string {
 func (*BatchWriteRequest) ProtoMessage() {}
 
 func (x *BatchWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2268,7 +2912,7 @@ func (x *BatchWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchWriteRequest.ProtoReflect.Descriptor instead.
 func (*BatchWriteRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{28}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *BatchWriteRequest) GetWrites() []*Write {
@@ -2292,7 +2936,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2304,7 +2948,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2317,7 +2961,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{29}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Write) GetOp() isWrite_Op {
@@ -2386,7 +3030,7 @@ type BatchWriteResponse struct {
 
 func (x *BatchWriteResponse) Reset() {
 	*x = BatchWriteResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +3042,7 @@ func (x *BatchWriteResponse) String() string {
 func (*BatchWriteResponse) ProtoMessage() {}
 
 func (x *BatchWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +3055,7 @@ func (x *BatchWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchWriteResponse.ProtoReflect.Descriptor instead.
 func (*BatchWriteResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{30}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *BatchWriteResponse) GetResources() []*Resource {
@@ -2434,7 +3078,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2446,7 +3090,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +3103,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{31}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WatchRequest) GetCollection() string {
@@ -2497,7 +3141,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2509,7 +3153,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2522,7 +3166,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{32}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WatchResponse) GetChanges() []*Change {
@@ -2559,7 +3203,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2571,7 +3215,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2584,7 +3228,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{33}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Change) GetKind() isChange_Kind {
@@ -2696,7 +3340,37 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\border_by\x18\x05 \x01(\tR\aorderBy\"o\n" +
 	"\fListResponse\x127\n" +
 	"\tresources\x18\x01 \x03(\v2\x19.dbcontroller.v1.ResourceR\tresources\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"k\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xcc\x01\n" +
+	"\rSearchRequest\x12\x1e\n" +
+	"\n" +
+	"collection\x18\x01 \x01(\tR\n" +
+	"collection\x12\x14\n" +
+	"\x05query\x18\x02 \x01(\tR\x05query\x12\x16\n" +
+	"\x06filter\x18\x03 \x01(\tR\x06filter\x12\x16\n" +
+	"\x06facets\x18\x04 \x03(\tR\x06facets\x12\x1b\n" +
+	"\tpage_size\x18\x05 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x06 \x01(\tR\tpageToken\x12\x19\n" +
+	"\border_by\x18\a \x01(\tR\aorderBy\"\x9e\x01\n" +
+	"\x0eSearchResponse\x12.\n" +
+	"\x04hits\x18\x01 \x03(\v2\x1a.dbcontroller.v1.SearchHitR\x04hits\x124\n" +
+	"\x06facets\x18\x02 \x03(\v2\x1c.dbcontroller.v1.SearchFacetR\x06facets\x12&\n" +
+	"\x0fnext_page_token\x18\x03 \x01(\tR\rnextPageToken\"\x9a\x01\n" +
+	"\tSearchHit\x125\n" +
+	"\bresource\x18\x01 \x01(\v2\x19.dbcontroller.v1.ResourceR\bresource\x12\x14\n" +
+	"\x05score\x18\x02 \x01(\x01R\x05score\x12@\n" +
+	"\n" +
+	"highlights\x18\x03 \x03(\v2 .dbcontroller.v1.SearchHighlightR\n" +
+	"highlights\"A\n" +
+	"\x0fSearchHighlight\x12\x14\n" +
+	"\x05field\x18\x01 \x01(\tR\x05field\x12\x18\n" +
+	"\asnippet\x18\x02 \x01(\tR\asnippet\"^\n" +
+	"\vSearchFacet\x12\x14\n" +
+	"\x05field\x18\x01 \x01(\tR\x05field\x129\n" +
+	"\x06values\x18\x02 \x03(\v2!.dbcontroller.v1.SearchFacetValueR\x06values\">\n" +
+	"\x10SearchFacetValue\x12\x14\n" +
+	"\x05value\x18\x01 \x01(\tR\x05value\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\"k\n" +
 	"\rCreateRequest\x125\n" +
 	"\bresource\x18\x01 \x01(\v2\x19.dbcontroller.v1.ResourceR\bresource\x12#\n" +
 	"\rvalidate_only\x18\x02 \x01(\bR\fvalidateOnly\"\xcd\x01\n" +
@@ -2834,7 +3508,33 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\blocation\x18\x01 \x01(\tR\blocation\x12\x1a\n" +
 	"\breferrer\x18\x02 \x01(\tR\breferrer\x12;\n" +
 	"\vexpire_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"C\n" +
+	"expireTime\"\x8a\x01\n" +
+	"\x14PreviewPolicyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06policy\x18\x02 \x01(\tR\x06policy\x12\x1f\n" +
+	"\vadd_regions\x18\x03 \x03(\tR\n" +
+	"addRegions\x12%\n" +
+	"\x0eremove_regions\x18\x04 \x03(\tR\rremoveRegions\"\x8c\x03\n" +
+	"\rPolicyPreview\x12\x1a\n" +
+	"\brefusals\x18\x01 \x03(\tR\brefusals\x121\n" +
+	"\x05moves\x18\x02 \x03(\v2\x1b.dbcontroller.v1.PolicyMoveR\x05moves\x12E\n" +
+	"\aupdates\x18\x03 \x03(\v2+.dbcontroller.v1.PolicyPreview.UpdatesEntryR\aupdates\x12\x18\n" +
+	"\aseconds\x18\x04 \x01(\x01R\aseconds\x12#\n" +
+	"\runknown_rates\x18\x05 \x03(\tR\funknownRates\x12<\n" +
+	"\aunasked\x18\x06 \x03(\v2\".dbcontroller.v1.UnaskedDeploymentR\aunasked\x12\x16\n" +
+	"\x06before\x18\a \x01(\tR\x06before\x12\x14\n" +
+	"\x05after\x18\b \x01(\tR\x05after\x1a:\n" +
+	"\fUpdatesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"\x92\x01\n" +
+	"\n" +
+	"PolicyMove\x12\x16\n" +
+	"\x06region\x18\x01 \x01(\tR\x06region\x12\x14\n" +
+	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
+	"\adropped\x18\x04 \x01(\bR\adropped\x12\x12\n" +
+	"\x04rows\x18\x05 \x01(\x03R\x04rows\x12\x14\n" +
+	"\x05bytes\x18\x06 \x01(\x03R\x05bytes\"C\n" +
 	"\x11BatchWriteRequest\x12.\n" +
 	"\x06writes\x18\x01 \x03(\v2\x16.dbcontroller.v1.WriteR\x06writes\"\xbb\x01\n" +
 	"\x05Write\x128\n" +
@@ -2857,7 +3557,7 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x06Change\x12-\n" +
 	"\x03set\x18\x01 \x01(\v2\x19.dbcontroller.v1.ResourceH\x00R\x03set\x12\x1a\n" +
 	"\aremoved\x18\x02 \x01(\tH\x00R\aremovedB\x06\n" +
-	"\x04kind2\xb2\x05\n" +
+	"\x04kind2\xd9\x06\n" +
 	"\tResources\x12?\n" +
 	"\x03Get\x12\x1b.dbcontroller.v1.GetRequest\x1a\x19.dbcontroller.v1.Resource\"\x00\x12Q\n" +
 	"\bBatchGet\x12 .dbcontroller.v1.BatchGetRequest\x1a!.dbcontroller.v1.BatchGetResponse\"\x00\x12E\n" +
@@ -2867,8 +3567,10 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x06Delete\x12\x1e.dbcontroller.v1.DeleteRequest\x1a\x1f.dbcontroller.v1.DeleteResponse\"\x00\x12W\n" +
 	"\n" +
 	"BatchWrite\x12\".dbcontroller.v1.BatchWriteRequest\x1a#.dbcontroller.v1.BatchWriteResponse\"\x00\x12J\n" +
-	"\x05Watch\x12\x1d.dbcontroller.v1.WatchRequest\x1a\x1e.dbcontroller.v1.WatchResponse\"\x000\x01\x12J\n" +
-	"\aExplain\x12\x1f.dbcontroller.v1.ExplainRequest\x1a\x1c.dbcontroller.v1.Explanation\"\x00BJZHgithub.com/dbcontroller/db-controller/api/dbcontroller/v1;dbcontrollerv1b\x06proto3"
+	"\x05Watch\x12\x1d.dbcontroller.v1.WatchRequest\x1a\x1e.dbcontroller.v1.WatchResponse\"\x000\x01\x12K\n" +
+	"\x06Search\x12\x1e.dbcontroller.v1.SearchRequest\x1a\x1f.dbcontroller.v1.SearchResponse\"\x00\x12J\n" +
+	"\aExplain\x12\x1f.dbcontroller.v1.ExplainRequest\x1a\x1c.dbcontroller.v1.Explanation\"\x00\x12X\n" +
+	"\rPreviewPolicy\x12%.dbcontroller.v1.PreviewPolicyRequest\x1a\x1e.dbcontroller.v1.PolicyPreview\"\x00BJZHgithub.com/dbcontroller/db-controller/api/dbcontroller/v1;dbcontrollerv1b\x06proto3"
 
 var (
 	file_dbcontroller_v1_resources_proto_rawDescOnce sync.Once
@@ -2883,7 +3585,7 @@ func file_dbcontroller_v1_resources_proto_rawDescGZIP() []byte {
 }
 
 var file_dbcontroller_v1_resources_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dbcontroller_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_dbcontroller_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_dbcontroller_v1_resources_proto_goTypes = []any{
 	(OwnerDecision_By)(0),         // 0: dbcontroller.v1.OwnerDecision.By
 	(*Resource)(nil),              // 1: dbcontroller.v1.Resource
@@ -2895,100 +3597,122 @@ var file_dbcontroller_v1_resources_proto_goTypes = []any{
 	(*BatchGetResponse)(nil),      // 7: dbcontroller.v1.BatchGetResponse
 	(*ListRequest)(nil),           // 8: dbcontroller.v1.ListRequest
 	(*ListResponse)(nil),          // 9: dbcontroller.v1.ListResponse
-	(*CreateRequest)(nil),         // 10: dbcontroller.v1.CreateRequest
-	(*UpdateRequest)(nil),         // 11: dbcontroller.v1.UpdateRequest
-	(*DeleteRequest)(nil),         // 12: dbcontroller.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 13: dbcontroller.v1.DeleteResponse
-	(*DeletionPlan)(nil),          // 14: dbcontroller.v1.DeletionPlan
-	(*PlannedDeployment)(nil),     // 15: dbcontroller.v1.PlannedDeployment
-	(*PlannedChange)(nil),         // 16: dbcontroller.v1.PlannedChange
-	(*PlannedBlocker)(nil),        // 17: dbcontroller.v1.PlannedBlocker
-	(*UnaskedDeployment)(nil),     // 18: dbcontroller.v1.UnaskedDeployment
-	(*ExplainRequest)(nil),        // 19: dbcontroller.v1.ExplainRequest
-	(*Explanation)(nil),           // 20: dbcontroller.v1.Explanation
-	(*OwnerDecision)(nil),         // 21: dbcontroller.v1.OwnerDecision
-	(*RegionState)(nil),           // 22: dbcontroller.v1.RegionState
-	(*QuarantinedVersion)(nil),    // 23: dbcontroller.v1.QuarantinedVersion
-	(*OutgoingReference)(nil),     // 24: dbcontroller.v1.OutgoingReference
-	(*IncomingReferences)(nil),    // 25: dbcontroller.v1.IncomingReferences
-	(*Referrer)(nil),              // 26: dbcontroller.v1.Referrer
-	(*PendingWork)(nil),           // 27: dbcontroller.v1.PendingWork
-	(*Blockade)(nil),              // 28: dbcontroller.v1.Blockade
-	(*BatchWriteRequest)(nil),     // 29: dbcontroller.v1.BatchWriteRequest
-	(*Write)(nil),                 // 30: dbcontroller.v1.Write
-	(*BatchWriteResponse)(nil),    // 31: dbcontroller.v1.BatchWriteResponse
-	(*WatchRequest)(nil),          // 32: dbcontroller.v1.WatchRequest
-	(*WatchResponse)(nil),         // 33: dbcontroller.v1.WatchResponse
-	(*Change)(nil),                // 34: dbcontroller.v1.Change
-	nil,                           // 35: dbcontroller.v1.Metadata.LabelsEntry
-	nil,                           // 36: dbcontroller.v1.Metadata.AnnotationsEntry
-	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil), // 38: google.protobuf.FieldMask
+	(*SearchRequest)(nil),         // 10: dbcontroller.v1.SearchRequest
+	(*SearchResponse)(nil),        // 11: dbcontroller.v1.SearchResponse
+	(*SearchHit)(nil),             // 12: dbcontroller.v1.SearchHit
+	(*SearchHighlight)(nil),       // 13: dbcontroller.v1.SearchHighlight
+	(*SearchFacet)(nil),           // 14: dbcontroller.v1.SearchFacet
+	(*SearchFacetValue)(nil),      // 15: dbcontroller.v1.SearchFacetValue
+	(*CreateRequest)(nil),         // 16: dbcontroller.v1.CreateRequest
+	(*UpdateRequest)(nil),         // 17: dbcontroller.v1.UpdateRequest
+	(*DeleteRequest)(nil),         // 18: dbcontroller.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 19: dbcontroller.v1.DeleteResponse
+	(*DeletionPlan)(nil),          // 20: dbcontroller.v1.DeletionPlan
+	(*PlannedDeployment)(nil),     // 21: dbcontroller.v1.PlannedDeployment
+	(*PlannedChange)(nil),         // 22: dbcontroller.v1.PlannedChange
+	(*PlannedBlocker)(nil),        // 23: dbcontroller.v1.PlannedBlocker
+	(*UnaskedDeployment)(nil),     // 24: dbcontroller.v1.UnaskedDeployment
+	(*ExplainRequest)(nil),        // 25: dbcontroller.v1.ExplainRequest
+	(*Explanation)(nil),           // 26: dbcontroller.v1.Explanation
+	(*OwnerDecision)(nil),         // 27: dbcontroller.v1.OwnerDecision
+	(*RegionState)(nil),           // 28: dbcontroller.v1.RegionState
+	(*QuarantinedVersion)(nil),    // 29: dbcontroller.v1.QuarantinedVersion
+	(*OutgoingReference)(nil),     // 30: dbcontroller.v1.OutgoingReference
+	(*IncomingReferences)(nil),    // 31: dbcontroller.v1.IncomingReferences
+	(*Referrer)(nil),              // 32: dbcontroller.v1.Referrer
+	(*PendingWork)(nil),           // 33: dbcontroller.v1.PendingWork
+	(*Blockade)(nil),              // 34: dbcontroller.v1.Blockade
+	(*PreviewPolicyRequest)(nil),  // 35: dbcontroller.v1.PreviewPolicyRequest
+	(*PolicyPreview)(nil),         // 36: dbcontroller.v1.PolicyPreview
+	(*PolicyMove)(nil),            // 37: dbcontroller.v1.PolicyMove
+	(*BatchWriteRequest)(nil),     // 38: dbcontroller.v1.BatchWriteRequest
+	(*Write)(nil),                 // 39: dbcontroller.v1.Write
+	(*BatchWriteResponse)(nil),    // 40: dbcontroller.v1.BatchWriteResponse
+	(*WatchRequest)(nil),          // 41: dbcontroller.v1.WatchRequest
+	(*WatchResponse)(nil),         // 42: dbcontroller.v1.WatchResponse
+	(*Change)(nil),                // 43: dbcontroller.v1.Change
+	nil,                           // 44: dbcontroller.v1.Metadata.LabelsEntry
+	nil,                           // 45: dbcontroller.v1.Metadata.AnnotationsEntry
+	nil,                           // 46: dbcontroller.v1.PolicyPreview.UpdatesEntry
+	(*timestamppb.Timestamp)(nil), // 47: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil), // 48: google.protobuf.FieldMask
 }
 var file_dbcontroller_v1_resources_proto_depIdxs = []int32{
 	2,  // 0: dbcontroller.v1.Resource.metadata:type_name -> dbcontroller.v1.Metadata
-	37, // 1: dbcontroller.v1.Metadata.create_time:type_name -> google.protobuf.Timestamp
-	37, // 2: dbcontroller.v1.Metadata.update_time:type_name -> google.protobuf.Timestamp
-	37, // 3: dbcontroller.v1.Metadata.delete_time:type_name -> google.protobuf.Timestamp
-	35, // 4: dbcontroller.v1.Metadata.labels:type_name -> dbcontroller.v1.Metadata.LabelsEntry
-	36, // 5: dbcontroller.v1.Metadata.annotations:type_name -> dbcontroller.v1.Metadata.AnnotationsEntry
+	47, // 1: dbcontroller.v1.Metadata.create_time:type_name -> google.protobuf.Timestamp
+	47, // 2: dbcontroller.v1.Metadata.update_time:type_name -> google.protobuf.Timestamp
+	47, // 3: dbcontroller.v1.Metadata.delete_time:type_name -> google.protobuf.Timestamp
+	44, // 4: dbcontroller.v1.Metadata.labels:type_name -> dbcontroller.v1.Metadata.LabelsEntry
+	45, // 5: dbcontroller.v1.Metadata.annotations:type_name -> dbcontroller.v1.Metadata.AnnotationsEntry
 	3,  // 6: dbcontroller.v1.Metadata.syncing:type_name -> dbcontroller.v1.Syncing
 	4,  // 7: dbcontroller.v1.Metadata.owner_references:type_name -> dbcontroller.v1.OwnerReference
 	1,  // 8: dbcontroller.v1.BatchGetResponse.resources:type_name -> dbcontroller.v1.Resource
 	1,  // 9: dbcontroller.v1.ListResponse.resources:type_name -> dbcontroller.v1.Resource
-	1,  // 10: dbcontroller.v1.CreateRequest.resource:type_name -> dbcontroller.v1.Resource
-	1,  // 11: dbcontroller.v1.UpdateRequest.resource:type_name -> dbcontroller.v1.Resource
-	38, // 12: dbcontroller.v1.UpdateRequest.update_mask:type_name -> google.protobuf.FieldMask
-	14, // 13: dbcontroller.v1.DeleteResponse.plan:type_name -> dbcontroller.v1.DeletionPlan
-	15, // 14: dbcontroller.v1.DeletionPlan.deployments:type_name -> dbcontroller.v1.PlannedDeployment
-	17, // 15: dbcontroller.v1.DeletionPlan.blockers:type_name -> dbcontroller.v1.PlannedBlocker
-	18, // 16: dbcontroller.v1.DeletionPlan.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
-	16, // 17: dbcontroller.v1.PlannedDeployment.changes:type_name -> dbcontroller.v1.PlannedChange
-	37, // 18: dbcontroller.v1.PlannedBlocker.tentative_until:type_name -> google.protobuf.Timestamp
-	21, // 19: dbcontroller.v1.Explanation.owner:type_name -> dbcontroller.v1.OwnerDecision
-	37, // 20: dbcontroller.v1.Explanation.delete_time:type_name -> google.protobuf.Timestamp
-	22, // 21: dbcontroller.v1.Explanation.regions:type_name -> dbcontroller.v1.RegionState
-	24, // 22: dbcontroller.v1.Explanation.references:type_name -> dbcontroller.v1.OutgoingReference
-	25, // 23: dbcontroller.v1.Explanation.referred_from:type_name -> dbcontroller.v1.IncomingReferences
-	26, // 24: dbcontroller.v1.Explanation.referrers:type_name -> dbcontroller.v1.Referrer
-	27, // 25: dbcontroller.v1.Explanation.pending:type_name -> dbcontroller.v1.PendingWork
-	28, // 26: dbcontroller.v1.Explanation.blockades:type_name -> dbcontroller.v1.Blockade
-	0,  // 27: dbcontroller.v1.OwnerDecision.by:type_name -> dbcontroller.v1.OwnerDecision.By
-	37, // 28: dbcontroller.v1.RegionState.update_time:type_name -> google.protobuf.Timestamp
-	23, // 29: dbcontroller.v1.RegionState.quarantine:type_name -> dbcontroller.v1.QuarantinedVersion
-	37, // 30: dbcontroller.v1.PendingWork.since:type_name -> google.protobuf.Timestamp
-	37, // 31: dbcontroller.v1.PendingWork.next_retry:type_name -> google.protobuf.Timestamp
-	37, // 32: dbcontroller.v1.Blockade.expire_time:type_name -> google.protobuf.Timestamp
-	30, // 33: dbcontroller.v1.BatchWriteRequest.writes:type_name -> dbcontroller.v1.Write
-	10, // 34: dbcontroller.v1.Write.create:type_name -> dbcontroller.v1.CreateRequest
-	11, // 35: dbcontroller.v1.Write.update:type_name -> dbcontroller.v1.UpdateRequest
-	12, // 36: dbcontroller.v1.Write.delete:type_name -> dbcontroller.v1.DeleteRequest
-	1,  // 37: dbcontroller.v1.BatchWriteResponse.resources:type_name -> dbcontroller.v1.Resource
-	34, // 38: dbcontroller.v1.WatchResponse.changes:type_name -> dbcontroller.v1.Change
-	1,  // 39: dbcontroller.v1.Change.set:type_name -> dbcontroller.v1.Resource
-	5,  // 40: dbcontroller.v1.Resources.Get:input_type -> dbcontroller.v1.GetRequest
-	6,  // 41: dbcontroller.v1.Resources.BatchGet:input_type -> dbcontroller.v1.BatchGetRequest
-	8,  // 42: dbcontroller.v1.Resources.List:input_type -> dbcontroller.v1.ListRequest
-	10, // 43: dbcontroller.v1.Resources.Create:input_type -> dbcontroller.v1.CreateRequest
-	11, // 44: dbcontroller.v1.Resources.Update:input_type -> dbcontroller.v1.UpdateRequest
-	12, // 45: dbcontroller.v1.Resources.Delete:input_type -> dbcontroller.v1.DeleteRequest
-	29, // 46: dbcontroller.v1.Resources.BatchWrite:input_type -> dbcontroller.v1.BatchWriteRequest
-	32, // 47: dbcontroller.v1.Resources.Watch:input_type -> dbcontroller.v1.WatchRequest
-	19, // 48: dbcontroller.v1.Resources.Explain:input_type -> dbcontroller.v1.ExplainRequest
-	1,  // 49: dbcontroller.v1.Resources.Get:output_type -> dbcontroller.v1.Resource
-	7,  // 50: dbcontroller.v1.Resources.BatchGet:output_type -> dbcontroller.v1.BatchGetResponse
-	9,  // 51: dbcontroller.v1.Resources.List:output_type -> dbcontroller.v1.ListResponse
-	1,  // 52: dbcontroller.v1.Resources.Create:output_type -> dbcontroller.v1.Resource
-	1,  // 53: dbcontroller.v1.Resources.Update:output_type -> dbcontroller.v1.Resource
-	13, // 54: dbcontroller.v1.Resources.Delete:output_type -> dbcontroller.v1.DeleteResponse
-	31, // 55: dbcontroller.v1.Resources.BatchWrite:output_type -> dbcontroller.v1.BatchWriteResponse
-	33, // 56: dbcontroller.v1.Resources.Watch:output_type -> dbcontroller.v1.WatchResponse
-	20, // 57: dbcontroller.v1.Resources.Explain:output_type -> dbcontroller.v1.Explanation
-	49, // [49:58] is the sub-list for method output_type
-	40, // [40:49] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	12, // 10: dbcontroller.v1.SearchResponse.hits:type_name -> dbcontroller.v1.SearchHit
+	14, // 11: dbcontroller.v1.SearchResponse.facets:type_name -> dbcontroller.v1.SearchFacet
+	1,  // 12: dbcontroller.v1.SearchHit.resource:type_name -> dbcontroller.v1.Resource
+	13, // 13: dbcontroller.v1.SearchHit.highlights:type_name -> dbcontroller.v1.SearchHighlight
+	15, // 14: dbcontroller.v1.SearchFacet.values:type_name -> dbcontroller.v1.SearchFacetValue
+	1,  // 15: dbcontroller.v1.CreateRequest.resource:type_name -> dbcontroller.v1.Resource
+	1,  // 16: dbcontroller.v1.UpdateRequest.resource:type_name -> dbcontroller.v1.Resource
+	48, // 17: dbcontroller.v1.UpdateRequest.update_mask:type_name -> google.protobuf.FieldMask
+	20, // 18: dbcontroller.v1.DeleteResponse.plan:type_name -> dbcontroller.v1.DeletionPlan
+	21, // 19: dbcontroller.v1.DeletionPlan.deployments:type_name -> dbcontroller.v1.PlannedDeployment
+	23, // 20: dbcontroller.v1.DeletionPlan.blockers:type_name -> dbcontroller.v1.PlannedBlocker
+	24, // 21: dbcontroller.v1.DeletionPlan.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
+	22, // 22: dbcontroller.v1.PlannedDeployment.changes:type_name -> dbcontroller.v1.PlannedChange
+	47, // 23: dbcontroller.v1.PlannedBlocker.tentative_until:type_name -> google.protobuf.Timestamp
+	27, // 24: dbcontroller.v1.Explanation.owner:type_name -> dbcontroller.v1.OwnerDecision
+	47, // 25: dbcontroller.v1.Explanation.delete_time:type_name -> google.protobuf.Timestamp
+	28, // 26: dbcontroller.v1.Explanation.regions:type_name -> dbcontroller.v1.RegionState
+	30, // 27: dbcontroller.v1.Explanation.references:type_name -> dbcontroller.v1.OutgoingReference
+	31, // 28: dbcontroller.v1.Explanation.referred_from:type_name -> dbcontroller.v1.IncomingReferences
+	32, // 29: dbcontroller.v1.Explanation.referrers:type_name -> dbcontroller.v1.Referrer
+	33, // 30: dbcontroller.v1.Explanation.pending:type_name -> dbcontroller.v1.PendingWork
+	34, // 31: dbcontroller.v1.Explanation.blockades:type_name -> dbcontroller.v1.Blockade
+	0,  // 32: dbcontroller.v1.OwnerDecision.by:type_name -> dbcontroller.v1.OwnerDecision.By
+	47, // 33: dbcontroller.v1.RegionState.update_time:type_name -> google.protobuf.Timestamp
+	29, // 34: dbcontroller.v1.RegionState.quarantine:type_name -> dbcontroller.v1.QuarantinedVersion
+	47, // 35: dbcontroller.v1.PendingWork.since:type_name -> google.protobuf.Timestamp
+	47, // 36: dbcontroller.v1.PendingWork.next_retry:type_name -> google.protobuf.Timestamp
+	47, // 37: dbcontroller.v1.Blockade.expire_time:type_name -> google.protobuf.Timestamp
+	37, // 38: dbcontroller.v1.PolicyPreview.moves:type_name -> dbcontroller.v1.PolicyMove
+	46, // 39: dbcontroller.v1.PolicyPreview.updates:type_name -> dbcontroller.v1.PolicyPreview.UpdatesEntry
+	24, // 40: dbcontroller.v1.PolicyPreview.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
+	39, // 41: dbcontroller.v1.BatchWriteRequest.writes:type_name -> dbcontroller.v1.Write
+	16, // 42: dbcontroller.v1.Write.create:type_name -> dbcontroller.v1.CreateRequest
+	17, // 43: dbcontroller.v1.Write.update:type_name -> dbcontroller.v1.UpdateRequest
+	18, // 44: dbcontroller.v1.Write.delete:type_name -> dbcontroller.v1.DeleteRequest
+	1,  // 45: dbcontroller.v1.BatchWriteResponse.resources:type_name -> dbcontroller.v1.Resource
+	43, // 46: dbcontroller.v1.WatchResponse.changes:type_name -> dbcontroller.v1.Change
+	1,  // 47: dbcontroller.v1.Change.set:type_name -> dbcontroller.v1.Resource
+	5,  // 48: dbcontroller.v1.Resources.Get:input_type -> dbcontroller.v1.GetRequest
+	6,  // 49: dbcontroller.v1.Resources.BatchGet:input_type -> dbcontroller.v1.BatchGetRequest
+	8,  // 50: dbcontroller.v1.Resources.List:input_type -> dbcontroller.v1.ListRequest
+	16, // 51: dbcontroller.v1.Resources.Create:input_type -> dbcontroller.v1.CreateRequest
+	17, // 52: dbcontroller.v1.Resources.Update:input_type -> dbcontroller.v1.UpdateRequest
+	18, // 53: dbcontroller.v1.Resources.Delete:input_type -> dbcontroller.v1.DeleteRequest
+	38, // 54: dbcontroller.v1.Resources.BatchWrite:input_type -> dbcontroller.v1.BatchWriteRequest
+	41, // 55: dbcontroller.v1.Resources.Watch:input_type -> dbcontroller.v1.WatchRequest
+	10, // 56: dbcontroller.v1.Resources.Search:input_type -> dbcontroller.v1.SearchRequest
+	25, // 57: dbcontroller.v1.Resources.Explain:input_type -> dbcontroller.v1.ExplainRequest
+	35, // 58: dbcontroller.v1.Resources.PreviewPolicy:input_type -> dbcontroller.v1.PreviewPolicyRequest
+	1,  // 59: dbcontroller.v1.Resources.Get:output_type -> dbcontroller.v1.Resource
+	7,  // 60: dbcontroller.v1.Resources.BatchGet:output_type -> dbcontroller.v1.BatchGetResponse
+	9,  // 61: dbcontroller.v1.Resources.List:output_type -> dbcontroller.v1.ListResponse
+	1,  // 62: dbcontroller.v1.Resources.Create:output_type -> dbcontroller.v1.Resource
+	1,  // 63: dbcontroller.v1.Resources.Update:output_type -> dbcontroller.v1.Resource
+	19, // 64: dbcontroller.v1.Resources.Delete:output_type -> dbcontroller.v1.DeleteResponse
+	40, // 65: dbcontroller.v1.Resources.BatchWrite:output_type -> dbcontroller.v1.BatchWriteResponse
+	42, // 66: dbcontroller.v1.Resources.Watch:output_type -> dbcontroller.v1.WatchResponse
+	11, // 67: dbcontroller.v1.Resources.Search:output_type -> dbcontroller.v1.SearchResponse
+	26, // 68: dbcontroller.v1.Resources.Explain:output_type -> dbcontroller.v1.Explanation
+	36, // 69: dbcontroller.v1.Resources.PreviewPolicy:output_type -> dbcontroller.v1.PolicyPreview
+	59, // [59:70] is the sub-list for method output_type
+	48, // [48:59] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_resources_proto_init() }
@@ -2996,12 +3720,12 @@ func file_dbcontroller_v1_resources_proto_init() {
 	if File_dbcontroller_v1_resources_proto != nil {
 		return
 	}
-	file_dbcontroller_v1_resources_proto_msgTypes[29].OneofWrappers = []any{
+	file_dbcontroller_v1_resources_proto_msgTypes[38].OneofWrappers = []any{
 		(*Write_Create)(nil),
 		(*Write_Update)(nil),
 		(*Write_Delete)(nil),
 	}
-	file_dbcontroller_v1_resources_proto_msgTypes[33].OneofWrappers = []any{
+	file_dbcontroller_v1_resources_proto_msgTypes[42].OneofWrappers = []any{
 		(*Change_Set)(nil),
 		(*Change_Removed)(nil),
 	}
@@ -3011,7 +3735,7 @@ func file_dbcontroller_v1_resources_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dbcontroller_v1_resources_proto_rawDesc), len(file_dbcontroller_v1_resources_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   36,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

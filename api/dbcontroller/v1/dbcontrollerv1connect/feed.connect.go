@@ -43,6 +43,10 @@ const (
 	FeedVersionsProcedure = "/dbcontroller.v1.Feed/Versions"
 	// FeedFetchProcedure is the fully-qualified name of the Feed's Fetch RPC.
 	FeedFetchProcedure = "/dbcontroller.v1.Feed/Fetch"
+	// FeedRangesProcedure is the fully-qualified name of the Feed's Ranges RPC.
+	FeedRangesProcedure = "/dbcontroller.v1.Feed/Ranges"
+	// FeedHashesProcedure is the fully-qualified name of the Feed's Hashes RPC.
+	FeedHashesProcedure = "/dbcontroller.v1.Feed/Hashes"
 )
 
 // FeedClient is a client for the dbcontroller.v1.Feed service.
@@ -57,6 +61,10 @@ type FeedClient interface {
 	Versions(context.Context, *connect.Request[v1.VersionsRequest]) (*connect.ServerStreamForClient[v1.VersionsResponse], error)
 	// Fetch streams whole rows, by name or by shard range.
 	Fetch(context.Context, *connect.Request[v1.FetchRequest]) (*connect.ServerStreamForClient[v1.FetchResponse], error)
+	// Ranges answers digests of the whole content of rows, in consecutive ranges of names.
+	Ranges(context.Context, *connect.Request[v1.RangesRequest]) (*connect.Response[v1.RangesResponse], error)
+	// Hashes streams a hash of the content of each row of a range, or of named rows.
+	Hashes(context.Context, *connect.Request[v1.HashesRequest]) (*connect.ServerStreamForClient[v1.HashesResponse], error)
 }
 
 // NewFeedClient constructs a client for the dbcontroller.v1.Feed service. By default, it uses the
@@ -100,6 +108,18 @@ func NewFeedClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(feedMethods.ByName("Fetch")),
 			connect.WithClientOptions(opts...),
 		),
+		ranges: connect.NewClient[v1.RangesRequest, v1.RangesResponse](
+			httpClient,
+			baseURL+FeedRangesProcedure,
+			connect.WithSchema(feedMethods.ByName("Ranges")),
+			connect.WithClientOptions(opts...),
+		),
+		hashes: connect.NewClient[v1.HashesRequest, v1.HashesResponse](
+			httpClient,
+			baseURL+FeedHashesProcedure,
+			connect.WithSchema(feedMethods.ByName("Hashes")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -110,6 +130,8 @@ type feedClient struct {
 	digest   *connect.Client[v1.DigestRequest, v1.DigestResponse]
 	versions *connect.Client[v1.VersionsRequest, v1.VersionsResponse]
 	fetch    *connect.Client[v1.FetchRequest, v1.FetchResponse]
+	ranges   *connect.Client[v1.RangesRequest, v1.RangesResponse]
+	hashes   *connect.Client[v1.HashesRequest, v1.HashesResponse]
 }
 
 // Ping calls dbcontroller.v1.Feed.Ping.
@@ -137,6 +159,16 @@ func (c *feedClient) Fetch(ctx context.Context, req *connect.Request[v1.FetchReq
 	return c.fetch.CallServerStream(ctx, req)
 }
 
+// Ranges calls dbcontroller.v1.Feed.Ranges.
+func (c *feedClient) Ranges(ctx context.Context, req *connect.Request[v1.RangesRequest]) (*connect.Response[v1.RangesResponse], error) {
+	return c.ranges.CallUnary(ctx, req)
+}
+
+// Hashes calls dbcontroller.v1.Feed.Hashes.
+func (c *feedClient) Hashes(ctx context.Context, req *connect.Request[v1.HashesRequest]) (*connect.ServerStreamForClient[v1.HashesResponse], error) {
+	return c.hashes.CallServerStream(ctx, req)
+}
+
 // FeedHandler is an implementation of the dbcontroller.v1.Feed service.
 type FeedHandler interface {
 	// Ping answers with the server's clock and identity.
@@ -149,6 +181,10 @@ type FeedHandler interface {
 	Versions(context.Context, *connect.Request[v1.VersionsRequest], *connect.ServerStream[v1.VersionsResponse]) error
 	// Fetch streams whole rows, by name or by shard range.
 	Fetch(context.Context, *connect.Request[v1.FetchRequest], *connect.ServerStream[v1.FetchResponse]) error
+	// Ranges answers digests of the whole content of rows, in consecutive ranges of names.
+	Ranges(context.Context, *connect.Request[v1.RangesRequest]) (*connect.Response[v1.RangesResponse], error)
+	// Hashes streams a hash of the content of each row of a range, or of named rows.
+	Hashes(context.Context, *connect.Request[v1.HashesRequest], *connect.ServerStream[v1.HashesResponse]) error
 }
 
 // NewFeedHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -188,6 +224,18 @@ func NewFeedHandler(svc FeedHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(feedMethods.ByName("Fetch")),
 		connect.WithHandlerOptions(opts...),
 	)
+	feedRangesHandler := connect.NewUnaryHandler(
+		FeedRangesProcedure,
+		svc.Ranges,
+		connect.WithSchema(feedMethods.ByName("Ranges")),
+		connect.WithHandlerOptions(opts...),
+	)
+	feedHashesHandler := connect.NewServerStreamHandler(
+		FeedHashesProcedure,
+		svc.Hashes,
+		connect.WithSchema(feedMethods.ByName("Hashes")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dbcontroller.v1.Feed/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case FeedPingProcedure:
@@ -200,6 +248,10 @@ func NewFeedHandler(svc FeedHandler, opts ...connect.HandlerOption) (string, htt
 			feedVersionsHandler.ServeHTTP(w, r)
 		case FeedFetchProcedure:
 			feedFetchHandler.ServeHTTP(w, r)
+		case FeedRangesProcedure:
+			feedRangesHandler.ServeHTTP(w, r)
+		case FeedHashesProcedure:
+			feedHashesHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -227,4 +279,12 @@ func (UnimplementedFeedHandler) Versions(context.Context, *connect.Request[v1.Ve
 
 func (UnimplementedFeedHandler) Fetch(context.Context, *connect.Request[v1.FetchRequest], *connect.ServerStream[v1.FetchResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Feed.Fetch is not implemented"))
+}
+
+func (UnimplementedFeedHandler) Ranges(context.Context, *connect.Request[v1.RangesRequest]) (*connect.Response[v1.RangesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Feed.Ranges is not implemented"))
+}
+
+func (UnimplementedFeedHandler) Hashes(context.Context, *connect.Request[v1.HashesRequest], *connect.ServerStream[v1.HashesResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Feed.Hashes is not implemented"))
 }

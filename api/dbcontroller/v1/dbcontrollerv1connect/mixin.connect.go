@@ -68,6 +68,9 @@ const (
 	// SchemaMixinPlanDeletionProcedure is the fully-qualified name of the SchemaMixin's PlanDeletion
 	// RPC.
 	SchemaMixinPlanDeletionProcedure = "/dbcontroller.v1.SchemaMixin/PlanDeletion"
+	// SchemaMixinMeasureHoldingsProcedure is the fully-qualified name of the SchemaMixin's
+	// MeasureHoldings RPC.
+	SchemaMixinMeasureHoldingsProcedure = "/dbcontroller.v1.SchemaMixin/MeasureHoldings"
 	// ResourceShadowsGetResourceShadowProcedure is the fully-qualified name of the ResourceShadows's
 	// GetResourceShadow RPC.
 	ResourceShadowsGetResourceShadowProcedure = "/dbcontroller.v1.ResourceShadows/GetResourceShadow"
@@ -104,6 +107,8 @@ type SchemaMixinClient interface {
 	WatchImportedServiceDeletions(context.Context, *connect.Request[v1.WatchImportedServiceDeletionsRequest]) (*connect.ServerStreamForClient[v1.WatchImportedServiceDeletionsResponse], error)
 	// PlanDeletion tells what the deletion of targets of another Deployment would take along here. It writes nothing.
 	PlanDeletion(context.Context, *connect.Request[v1.PlanDeletionRequest]) (*connect.Response[v1.PlanDeletionResponse], error)
+	// MeasureHoldings tells other regions of the same service what this region owns under a policy.
+	MeasureHoldings(context.Context, *connect.Request[v1.MeasureHoldingsRequest]) (*connect.Response[v1.MeasureHoldingsResponse], error)
 }
 
 // NewSchemaMixinClient constructs a client for the dbcontroller.v1.SchemaMixin service. By default,
@@ -183,6 +188,12 @@ func NewSchemaMixinClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(schemaMixinMethods.ByName("PlanDeletion")),
 			connect.WithClientOptions(opts...),
 		),
+		measureHoldings: connect.NewClient[v1.MeasureHoldingsRequest, v1.MeasureHoldingsResponse](
+			httpClient,
+			baseURL+SchemaMixinMeasureHoldingsProcedure,
+			connect.WithSchema(schemaMixinMethods.ByName("MeasureHoldings")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -199,6 +210,7 @@ type schemaMixinClient struct {
 	listMetaOwnees                       *connect.Client[v1.ListMetaOwneesRequest, v1.ListMetaOwneesResponse]
 	watchImportedServiceDeletions        *connect.Client[v1.WatchImportedServiceDeletionsRequest, v1.WatchImportedServiceDeletionsResponse]
 	planDeletion                         *connect.Client[v1.PlanDeletionRequest, v1.PlanDeletionResponse]
+	measureHoldings                      *connect.Client[v1.MeasureHoldingsRequest, v1.MeasureHoldingsResponse]
 }
 
 // EstablishReferences calls dbcontroller.v1.SchemaMixin.EstablishReferences.
@@ -257,6 +269,11 @@ func (c *schemaMixinClient) PlanDeletion(ctx context.Context, req *connect.Reque
 	return c.planDeletion.CallUnary(ctx, req)
 }
 
+// MeasureHoldings calls dbcontroller.v1.SchemaMixin.MeasureHoldings.
+func (c *schemaMixinClient) MeasureHoldings(ctx context.Context, req *connect.Request[v1.MeasureHoldingsRequest]) (*connect.Response[v1.MeasureHoldingsResponse], error) {
+	return c.measureHoldings.CallUnary(ctx, req)
+}
+
 // SchemaMixinHandler is an implementation of the dbcontroller.v1.SchemaMixin service.
 type SchemaMixinHandler interface {
 	// EstablishReferences asks the targets' Deployment, before the referrer is committed, to accept new references: each target exists, is not being deleted,
@@ -282,6 +299,8 @@ type SchemaMixinHandler interface {
 	WatchImportedServiceDeletions(context.Context, *connect.Request[v1.WatchImportedServiceDeletionsRequest], *connect.ServerStream[v1.WatchImportedServiceDeletionsResponse]) error
 	// PlanDeletion tells what the deletion of targets of another Deployment would take along here. It writes nothing.
 	PlanDeletion(context.Context, *connect.Request[v1.PlanDeletionRequest]) (*connect.Response[v1.PlanDeletionResponse], error)
+	// MeasureHoldings tells other regions of the same service what this region owns under a policy.
+	MeasureHoldings(context.Context, *connect.Request[v1.MeasureHoldingsRequest]) (*connect.Response[v1.MeasureHoldingsResponse], error)
 }
 
 // NewSchemaMixinHandler builds an HTTP handler from the service implementation. It returns the path
@@ -357,6 +376,12 @@ func NewSchemaMixinHandler(svc SchemaMixinHandler, opts ...connect.HandlerOption
 		connect.WithSchema(schemaMixinMethods.ByName("PlanDeletion")),
 		connect.WithHandlerOptions(opts...),
 	)
+	schemaMixinMeasureHoldingsHandler := connect.NewUnaryHandler(
+		SchemaMixinMeasureHoldingsProcedure,
+		svc.MeasureHoldings,
+		connect.WithSchema(schemaMixinMethods.ByName("MeasureHoldings")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dbcontroller.v1.SchemaMixin/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SchemaMixinEstablishReferencesProcedure:
@@ -381,6 +406,8 @@ func NewSchemaMixinHandler(svc SchemaMixinHandler, opts ...connect.HandlerOption
 			schemaMixinWatchImportedServiceDeletionsHandler.ServeHTTP(w, r)
 		case SchemaMixinPlanDeletionProcedure:
 			schemaMixinPlanDeletionHandler.ServeHTTP(w, r)
+		case SchemaMixinMeasureHoldingsProcedure:
+			schemaMixinMeasureHoldingsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -434,11 +461,16 @@ func (UnimplementedSchemaMixinHandler) PlanDeletion(context.Context, *connect.Re
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.SchemaMixin.PlanDeletion is not implemented"))
 }
 
+func (UnimplementedSchemaMixinHandler) MeasureHoldings(context.Context, *connect.Request[v1.MeasureHoldingsRequest]) (*connect.Response[v1.MeasureHoldingsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.SchemaMixin.MeasureHoldings is not implemented"))
+}
+
 // ResourceShadowsClient is a client for the dbcontroller.v1.ResourceShadows service.
 type ResourceShadowsClient interface {
 	GetResourceShadow(context.Context, *connect.Request[v1.GetResourceShadowRequest]) (*connect.Response[v1.ResourceShadow], error)
 	ListResourceShadows(context.Context, *connect.Request[v1.ListResourceShadowsRequest]) (*connect.Response[v1.ListResourceShadowsResponse], error)
-	// WatchResourceShadows streams the shadows that have work due (PENDING, DELETING), then each change of them.
+	// WatchResourceShadows streams the shadows that have work due (PENDING, DELETING), then each that gets some. That work is done is not sent, for nothing is written down
+	// then that a reader could have missed: read the shadow again.
 	WatchResourceShadows(context.Context, *connect.Request[v1.WatchResourceShadowsRequest]) (*connect.ServerStreamForClient[v1.WatchResourceShadowsResponse], error)
 }
 
@@ -500,7 +532,8 @@ func (c *resourceShadowsClient) WatchResourceShadows(ctx context.Context, req *c
 type ResourceShadowsHandler interface {
 	GetResourceShadow(context.Context, *connect.Request[v1.GetResourceShadowRequest]) (*connect.Response[v1.ResourceShadow], error)
 	ListResourceShadows(context.Context, *connect.Request[v1.ListResourceShadowsRequest]) (*connect.Response[v1.ListResourceShadowsResponse], error)
-	// WatchResourceShadows streams the shadows that have work due (PENDING, DELETING), then each change of them.
+	// WatchResourceShadows streams the shadows that have work due (PENDING, DELETING), then each that gets some. That work is done is not sent, for nothing is written down
+	// then that a reader could have missed: read the shadow again.
 	WatchResourceShadows(context.Context, *connect.Request[v1.WatchResourceShadowsRequest], *connect.ServerStream[v1.WatchResourceShadowsResponse]) error
 }
 

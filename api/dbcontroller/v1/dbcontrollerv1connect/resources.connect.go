@@ -50,8 +50,12 @@ const (
 	ResourcesBatchWriteProcedure = "/dbcontroller.v1.Resources/BatchWrite"
 	// ResourcesWatchProcedure is the fully-qualified name of the Resources's Watch RPC.
 	ResourcesWatchProcedure = "/dbcontroller.v1.Resources/Watch"
+	// ResourcesSearchProcedure is the fully-qualified name of the Resources's Search RPC.
+	ResourcesSearchProcedure = "/dbcontroller.v1.Resources/Search"
 	// ResourcesExplainProcedure is the fully-qualified name of the Resources's Explain RPC.
 	ResourcesExplainProcedure = "/dbcontroller.v1.Resources/Explain"
+	// ResourcesPreviewPolicyProcedure is the fully-qualified name of the Resources's PreviewPolicy RPC.
+	ResourcesPreviewPolicyProcedure = "/dbcontroller.v1.Resources/PreviewPolicy"
 )
 
 // ResourcesClient is a client for the dbcontroller.v1.Resources service.
@@ -68,9 +72,14 @@ type ResourcesClient interface {
 	BatchWrite(context.Context, *connect.Request[v1.BatchWriteRequest]) (*connect.Response[v1.BatchWriteResponse], error)
 	// Watch sends the current resources of a collection, then every change, until the caller leaves.
 	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.ServerStreamForClient[v1.WatchResponse], error)
+	// Search finds resources of a collection by full text, filters, or both, in the region that is asked. It follows the database within moments.
+	// FAILED_PRECONDITION if the Deployment has no search store. REST: GET /v1/{parent}/{collection}:search.
+	Search(context.Context, *connect.Request[v1.SearchRequest]) (*connect.Response[v1.SearchResponse], error)
 	// Explain tells why a resource is as it is: who owns it and why, which regions hold what, what refers to it, and what is still to be done about it. It is
 	// answered by the owning region, which asks the others. NOT_FOUND if no region knows the name.
 	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error)
+	// PreviewPolicy tells what a change of a policy would do. It writes nothing.
+	PreviewPolicy(context.Context, *connect.Request[v1.PreviewPolicyRequest]) (*connect.Response[v1.PolicyPreview], error)
 }
 
 // NewResourcesClient constructs a client for the dbcontroller.v1.Resources service. By default, it
@@ -132,10 +141,22 @@ func NewResourcesClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(resourcesMethods.ByName("Watch")),
 			connect.WithClientOptions(opts...),
 		),
+		search: connect.NewClient[v1.SearchRequest, v1.SearchResponse](
+			httpClient,
+			baseURL+ResourcesSearchProcedure,
+			connect.WithSchema(resourcesMethods.ByName("Search")),
+			connect.WithClientOptions(opts...),
+		),
 		explain: connect.NewClient[v1.ExplainRequest, v1.Explanation](
 			httpClient,
 			baseURL+ResourcesExplainProcedure,
 			connect.WithSchema(resourcesMethods.ByName("Explain")),
+			connect.WithClientOptions(opts...),
+		),
+		previewPolicy: connect.NewClient[v1.PreviewPolicyRequest, v1.PolicyPreview](
+			httpClient,
+			baseURL+ResourcesPreviewPolicyProcedure,
+			connect.WithSchema(resourcesMethods.ByName("PreviewPolicy")),
 			connect.WithClientOptions(opts...),
 		),
 	}
@@ -143,15 +164,17 @@ func NewResourcesClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 
 // resourcesClient implements ResourcesClient.
 type resourcesClient struct {
-	get        *connect.Client[v1.GetRequest, v1.Resource]
-	batchGet   *connect.Client[v1.BatchGetRequest, v1.BatchGetResponse]
-	list       *connect.Client[v1.ListRequest, v1.ListResponse]
-	create     *connect.Client[v1.CreateRequest, v1.Resource]
-	update     *connect.Client[v1.UpdateRequest, v1.Resource]
-	delete     *connect.Client[v1.DeleteRequest, v1.DeleteResponse]
-	batchWrite *connect.Client[v1.BatchWriteRequest, v1.BatchWriteResponse]
-	watch      *connect.Client[v1.WatchRequest, v1.WatchResponse]
-	explain    *connect.Client[v1.ExplainRequest, v1.Explanation]
+	get           *connect.Client[v1.GetRequest, v1.Resource]
+	batchGet      *connect.Client[v1.BatchGetRequest, v1.BatchGetResponse]
+	list          *connect.Client[v1.ListRequest, v1.ListResponse]
+	create        *connect.Client[v1.CreateRequest, v1.Resource]
+	update        *connect.Client[v1.UpdateRequest, v1.Resource]
+	delete        *connect.Client[v1.DeleteRequest, v1.DeleteResponse]
+	batchWrite    *connect.Client[v1.BatchWriteRequest, v1.BatchWriteResponse]
+	watch         *connect.Client[v1.WatchRequest, v1.WatchResponse]
+	search        *connect.Client[v1.SearchRequest, v1.SearchResponse]
+	explain       *connect.Client[v1.ExplainRequest, v1.Explanation]
+	previewPolicy *connect.Client[v1.PreviewPolicyRequest, v1.PolicyPreview]
 }
 
 // Get calls dbcontroller.v1.Resources.Get.
@@ -194,9 +217,19 @@ func (c *resourcesClient) Watch(ctx context.Context, req *connect.Request[v1.Wat
 	return c.watch.CallServerStream(ctx, req)
 }
 
+// Search calls dbcontroller.v1.Resources.Search.
+func (c *resourcesClient) Search(ctx context.Context, req *connect.Request[v1.SearchRequest]) (*connect.Response[v1.SearchResponse], error) {
+	return c.search.CallUnary(ctx, req)
+}
+
 // Explain calls dbcontroller.v1.Resources.Explain.
 func (c *resourcesClient) Explain(ctx context.Context, req *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error) {
 	return c.explain.CallUnary(ctx, req)
+}
+
+// PreviewPolicy calls dbcontroller.v1.Resources.PreviewPolicy.
+func (c *resourcesClient) PreviewPolicy(ctx context.Context, req *connect.Request[v1.PreviewPolicyRequest]) (*connect.Response[v1.PolicyPreview], error) {
+	return c.previewPolicy.CallUnary(ctx, req)
 }
 
 // ResourcesHandler is an implementation of the dbcontroller.v1.Resources service.
@@ -213,9 +246,14 @@ type ResourcesHandler interface {
 	BatchWrite(context.Context, *connect.Request[v1.BatchWriteRequest]) (*connect.Response[v1.BatchWriteResponse], error)
 	// Watch sends the current resources of a collection, then every change, until the caller leaves.
 	Watch(context.Context, *connect.Request[v1.WatchRequest], *connect.ServerStream[v1.WatchResponse]) error
+	// Search finds resources of a collection by full text, filters, or both, in the region that is asked. It follows the database within moments.
+	// FAILED_PRECONDITION if the Deployment has no search store. REST: GET /v1/{parent}/{collection}:search.
+	Search(context.Context, *connect.Request[v1.SearchRequest]) (*connect.Response[v1.SearchResponse], error)
 	// Explain tells why a resource is as it is: who owns it and why, which regions hold what, what refers to it, and what is still to be done about it. It is
 	// answered by the owning region, which asks the others. NOT_FOUND if no region knows the name.
 	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error)
+	// PreviewPolicy tells what a change of a policy would do. It writes nothing.
+	PreviewPolicy(context.Context, *connect.Request[v1.PreviewPolicyRequest]) (*connect.Response[v1.PolicyPreview], error)
 }
 
 // NewResourcesHandler builds an HTTP handler from the service implementation. It returns the path
@@ -273,10 +311,22 @@ func NewResourcesHandler(svc ResourcesHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(resourcesMethods.ByName("Watch")),
 		connect.WithHandlerOptions(opts...),
 	)
+	resourcesSearchHandler := connect.NewUnaryHandler(
+		ResourcesSearchProcedure,
+		svc.Search,
+		connect.WithSchema(resourcesMethods.ByName("Search")),
+		connect.WithHandlerOptions(opts...),
+	)
 	resourcesExplainHandler := connect.NewUnaryHandler(
 		ResourcesExplainProcedure,
 		svc.Explain,
 		connect.WithSchema(resourcesMethods.ByName("Explain")),
+		connect.WithHandlerOptions(opts...),
+	)
+	resourcesPreviewPolicyHandler := connect.NewUnaryHandler(
+		ResourcesPreviewPolicyProcedure,
+		svc.PreviewPolicy,
+		connect.WithSchema(resourcesMethods.ByName("PreviewPolicy")),
 		connect.WithHandlerOptions(opts...),
 	)
 	return "/dbcontroller.v1.Resources/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -297,8 +347,12 @@ func NewResourcesHandler(svc ResourcesHandler, opts ...connect.HandlerOption) (s
 			resourcesBatchWriteHandler.ServeHTTP(w, r)
 		case ResourcesWatchProcedure:
 			resourcesWatchHandler.ServeHTTP(w, r)
+		case ResourcesSearchProcedure:
+			resourcesSearchHandler.ServeHTTP(w, r)
 		case ResourcesExplainProcedure:
 			resourcesExplainHandler.ServeHTTP(w, r)
+		case ResourcesPreviewPolicyProcedure:
+			resourcesPreviewPolicyHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -340,6 +394,14 @@ func (UnimplementedResourcesHandler) Watch(context.Context, *connect.Request[v1.
 	return connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Resources.Watch is not implemented"))
 }
 
+func (UnimplementedResourcesHandler) Search(context.Context, *connect.Request[v1.SearchRequest]) (*connect.Response[v1.SearchResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Resources.Search is not implemented"))
+}
+
 func (UnimplementedResourcesHandler) Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.Explanation], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Resources.Explain is not implemented"))
+}
+
+func (UnimplementedResourcesHandler) PreviewPolicy(context.Context, *connect.Request[v1.PreviewPolicyRequest]) (*connect.Response[v1.PolicyPreview], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dbcontroller.v1.Resources.PreviewPolicy is not implemented"))
 }

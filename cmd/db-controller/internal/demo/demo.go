@@ -7,6 +7,7 @@
 //	load.go     the load and synthetic writes, through the API servers
 //	choose.go   which deletions the input is good for
 //	delete.go   a deletion that is refused and one that cascades, planned before, judged after
+//	search.go   a search in each region, also in one that is cut off
 //	probe.go    commit to visible, measured from outside
 //	sample.go   what the regions hold and say, now and again
 //	compare.go  the verdict: the databases compared by queries of its own
@@ -244,6 +245,9 @@ func (r *run) all(ctx context.Context) error {
 			if err := r.deletes.all(limited); err != nil {
 				return r.cause(ctx, limited, err)
 			}
+			if err := r.search(limited); err != nil {
+				return r.cause(ctx, limited, err)
+			}
 		}
 	} else if r.cfg.ExitWhenSynced && ctx.Err() != nil {
 		return ErrInterrupted
@@ -344,6 +348,9 @@ func (r *run) cut(ctx context.Context) error {
 		}
 		r.screen.note("CUT: %s is unreachable for %s", c.Region, c.For)
 		r.world.cut(c.Region)
+		if err := r.searchIn(ctx, r.world.regions[c.Region], ", which is cut off,"); err != nil && ctx.Err() == nil {
+			r.screen.note("%v", err)
+		}
 		err := sleep(ctx, c.For)
 		r.world.heal(c.Region)
 		if err != nil {

@@ -47,14 +47,16 @@ var Regions = []string{"eu", "us", "ap"}
 
 // region is one Deployment with all that it needs.
 type region struct {
-	name     string
-	dsn      string
-	pool     *pgxpool.Pool // the demo's own view of the database
-	fleet    *fleet.Fleet
-	listener net.Listener // of the API server; it closes it
-	ops      net.Listener
-	url      string
-	client   *http.Client // a user's, to the API server
+	name string
+	dsn  string
+	// searchDSN is the region's search database.
+	searchDSN string
+	pool      *pgxpool.Pool // the demo's own view of the database
+	fleet     *fleet.Fleet
+	listener  net.Listener // of the API server; it closes it
+	ops       net.Listener
+	url       string
+	client    *http.Client // a user's, to the API server
 	// links lead from here to the others, by their API server's address.
 	links map[string]*netsim.Link
 }
@@ -156,6 +158,15 @@ func (w *world) openDatabases(ctx context.Context, cfg Config) error {
 			w.onClose(func() error { return dropDatabase(cfg.DSN, database) })
 		}
 		if r.dsn, err = withDatabase(dsn, database); err != nil {
+			return err
+		}
+		if _, err := admin.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{database + "_search"}.Sanitize()); err != nil {
+			return fmt.Errorf("create database %s_search: %w", database, err)
+		}
+		if cfg.DSN != "" {
+			w.onClose(func() error { return dropDatabase(cfg.DSN, database+"_search") })
+		}
+		if r.searchDSN, err = withDatabase(dsn, database+"_search"); err != nil {
 			return err
 		}
 		poolConfig, err := pgxpool.ParseConfig(r.dsn)
@@ -284,10 +295,12 @@ func (w *world) declare(_ context.Context, cfg Config) error {
 		d := v1alpha1.Deployment{Spec: v1alpha1.DeploymentSpec{
 			Service: service, Region: r.name, Version: apiVersion, Endpoint: r.url,
 			Database: &v1alpha1.DatabaseSpec{SecretRef: v1alpha1.SecretKeyRef{Name: r.name + "-database", Key: v1alpha1.DefaultDSNKey}},
+			Search:   &v1alpha1.SearchSpec{Type: v1alpha1.SearchPostgres, SecretRef: v1alpha1.SecretKeyRef{Name: r.name + "-search", Key: v1alpha1.DefaultDSNKey}},
 		}}
 		d.TypeMeta = metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: "Deployment"}
 		d.Name = "packages." + r.name
-		documents := []any{&d, secret(r.name+"-database", map[string][]byte{v1alpha1.DefaultDSNKey: []byte(r.dsn)})}
+		documents := []any{&d, secret(r.name+"-database", map[string][]byte{v1alpha1.DefaultDSNKey: []byte(r.dsn)}),
+			secret(r.name+"-search", map[string][]byte{v1alpha1.DefaultDSNKey: []byte(r.searchDSN)})}
 		if !cfg.Insecure {
 			d.Spec.TLS = &v1alpha1.TLSSpec{SecretRef: v1alpha1.SecretRef{Name: r.name + "-tls"}, TrustDomain: v1alpha1.DefaultTrustDomain}
 			pair, err := ca.Deployment(v1alpha1.DefaultTrustDomain, service, r.name, "127.0.0.1", "localhost")

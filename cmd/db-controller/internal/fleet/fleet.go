@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"github.com/dbcontroller/db-controller/deployment"
 	"github.com/dbcontroller/db-controller/registry"
 )
@@ -32,7 +33,7 @@ type Config struct {
 	Registry *registry.Registry
 	// Secrets has their connection strings and certificates.
 	Secrets registry.Secrets
-	// Template is the configuration of each, without Key, Registry, DSN, TLS and Logger.
+	// Template is the configuration of each, without Key, Registry, DSN, CacheURL, SearchURL, TLS and Logger.
 	Template deployment.Config
 	// Parts returns what runs of each Deployment, besides what every process of one needs.
 	Parts func(*deployment.Deployment) ([]func(context.Context) error, error)
@@ -113,11 +114,12 @@ func (f *Fleet) reconcile(ctx context.Context, start func(func())) {
 type needs struct {
 	endpoint, version, trustDomain string
 	ring                           int
-	tls, database                  registry.SecretRef
+	tls, database, cache, search   registry.SecretRef
+	searchType                     v1alpha1.SearchStoreType
 }
 
 func needsOf(d registry.Deployment) needs {
-	return needs{d.Endpoint, d.Version, d.TrustDomain, d.Ring, d.TLS, d.Database}
+	return needs{d.Endpoint, d.Version, d.TrustDomain, d.Ring, d.TLS, d.Database, d.Cache, d.Search, d.SearchType}
 }
 
 // all returns the members, ordered by service.

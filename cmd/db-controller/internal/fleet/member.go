@@ -17,8 +17,8 @@ import (
 // maxRetry bounds the pause between two attempts to run a Deployment.
 const maxRetry = 10 * time.Second
 
-// errDSNChanged restarts a Deployment with its new connection string.
-var errDSNChanged = errors.New("the connection string has changed")
+// errDSNChanged restarts a Deployment with its new connection strings.
+var errDSNChanged = errors.New("a connection string has changed")
 
 // member is one Deployment that should run.
 type member struct {
@@ -84,8 +84,17 @@ func (m *member) runOnce() error {
 	if err != nil {
 		return err
 	}
+	cache, err := m.cache()
+	if err != nil {
+		f.log.WarnContext(m.ctx, "Deployment runs without its cache", "deployment", m.spec.Key.String(), "error", err)
+	}
+	search, err := m.search()
+	if err != nil {
+		f.log.WarnContext(m.ctx, "Deployment runs without search", "deployment", m.spec.Key.String(), "error", err)
+	}
 	cfg := f.cfg.Template
-	cfg.Key, cfg.Registry, cfg.DSN, cfg.Logger = m.spec.Key, f.cfg.Registry, string(dsn), f.log
+	cfg.SearchURL = string(search)
+	cfg.Key, cfg.Registry, cfg.DSN, cfg.CacheURL, cfg.Logger = m.spec.Key, f.cfg.Registry, string(dsn), string(cache), f.log
 	if m.spec.TLS.Name != "" {
 		if cfg.TLS, err = newTLS(m.ctx, f.cfg.Secrets, m.spec.TLS, f.cfg.Reread); err != nil {
 			return err
@@ -102,7 +111,7 @@ func (m *member) runOnce() error {
 	}
 	m.set(d, nil)
 	f.log.InfoContext(m.ctx, "Deployment runs", "deployment", m.spec.Key.String(), "version", m.spec.Version)
-	return d.Run(m.ctx, append(parts, func(ctx context.Context) error { return m.watchDSN(ctx, dsn) })...)
+	return d.Run(m.ctx, append(parts, func(ctx context.Context) error { return m.watchSecrets(ctx, dsn, cache, search) })...)
 }
 
 func (m *member) dsn() ([]byte, error) {
@@ -120,8 +129,24 @@ func (m *member) dsn() ([]byte, error) {
 	return bytes.TrimSpace(secret[ref.Key]), nil
 }
 
-// watchDSN returns when the connection string has changed. One that cannot be read now does not stop what runs with the last one.
-func (m *member) watchDSN(ctx context.Context, dsn []byte) error {
+// cache returns the URL of the cache's Redis, nothing if there is none.
+func (m *member) cache() ([]byte, error) {
+	ref := m.spec.Cache
+	if ref.Name == "" {
+		return nil, nil
+	}
+	secret, err := m.fleet.cfg.Secrets.Get(m.ctx, ref.Namespace, ref.Name)
+	if err != nil {
+		return nil, fmt.Errorf("spec.cache.secretRef: %w", err)
+	}
+	if len(secret[ref.Key]) == 0 {
+		return nil, fmt.Errorf("spec.cache.secretRef: secret %s has no key %q", ref.Name, ref.Key)
+	}
+	return bytes.TrimSpace(secret[ref.Key]), nil
+}
+
+// watchSecrets returns when a connection string has changed. One that cannot be read now does not stop what runs with the last one.
+func (m *member) watchSecrets(ctx context.Context, dsn, cache, search []byte) error {
 	tick := time.NewTicker(m.fleet.cfg.Reread)
 	defer tick.Stop()
 	for {
@@ -131,6 +156,12 @@ func (m *member) watchDSN(ctx context.Context, dsn []byte) error {
 		case <-tick.C:
 		}
 		if now, err := m.dsn(); err == nil && !bytes.Equal(now, dsn) {
+			return errDSNChanged
+		}
+		if now, err := m.cache(); err == nil && !bytes.Equal(now, cache) {
+			return errDSNChanged
+		}
+		if now, err := m.search(); err == nil && !bytes.Equal(now, search) {
 			return errDSNChanged
 		}
 	}

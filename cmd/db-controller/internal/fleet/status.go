@@ -1,6 +1,9 @@
 package fleet
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -10,6 +13,7 @@ import (
 	"github.com/dbcontroller/db-controller/deployment"
 	"github.com/dbcontroller/db-controller/registry"
 	"github.com/dbcontroller/db-controller/syncing"
+	"github.com/dbcontroller/db-controller/verify"
 )
 
 // Status is what /statusz shows of one Deployment.
@@ -81,4 +85,35 @@ func duration(d *time.Duration) *metav1.Duration {
 		return nil
 	}
 	return &metav1.Duration{Duration: *d}
+}
+
+// verifier returns the Verifier of a Deployment that runs here.
+func (f *Fleet) verifier(service, region string) (deployment.Verifier, error) {
+	m := f.member(registry.Key{Service: service, Region: region})
+	if m == nil {
+		return deployment.Verifier{}, fmt.Errorf("no Deployment of %s runs in region %s", service, region)
+	}
+	d, err := m.state()
+	if d == nil {
+		return deployment.Verifier{}, errors.Join(fmt.Errorf("the Deployment of %s in region %s is not served yet", service, region), err)
+	}
+	return d.Verifier(), nil
+}
+
+// VerificationPeers implements controllers.Verifier.
+func (f *Fleet) VerificationPeers(service, region string) ([]string, error) {
+	v, err := f.verifier(service, region)
+	if err != nil {
+		return nil, err
+	}
+	return v.Peers(), nil
+}
+
+// Verify implements controllers.Verifier.
+func (f *Fleet) Verify(ctx context.Context, service, region, peer string, opt verify.Options, from verify.State, report func(verify.Progress) error) (verify.State, error) {
+	v, err := f.verifier(service, region)
+	if err != nil {
+		return from, err
+	}
+	return v.Verify(ctx, peer, opt, from, report)
 }
