@@ -169,7 +169,7 @@ func TestManagersAndAPIServersAsProcesses(t *testing.T) {
 	us.dsn = moved
 	replace(t, filepath.Join(manifests, "us.yaml"), us.manifest())
 	converge()
-	m.waitLine(t, "the connection string has changed")
+	m.waitLine(t, "a connection string has changed")
 
 	// A Deployment that is removed stops, and starts again when it is back.
 	g.Expect(os.Remove(filepath.Join(manifests, "us.yaml"))).To(Succeed())

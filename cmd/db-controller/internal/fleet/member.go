@@ -80,21 +80,24 @@ func (m *member) run() {
 // runOnce opens the Deployment and runs it until something fails.
 func (m *member) runOnce() error {
 	f := m.fleet
-	dsn, err := m.dsn()
+	dsn, err := m.connection("database", m.spec.Database)
 	if err != nil {
 		return err
 	}
-	cache, err := m.cache()
+	if dsn == nil {
+		return errors.New("spec.database is not set: name the Secret with the connection string in spec.database.secretRef")
+	}
+	cache, err := m.connection("cache", m.spec.Cache)
 	if err != nil {
 		f.log.WarnContext(m.ctx, "Deployment runs without its cache", "deployment", m.spec.Key.String(), "error", err)
 	}
-	search, err := m.search()
+	search, err := m.connection("search", m.spec.Search)
 	if err != nil {
 		f.log.WarnContext(m.ctx, "Deployment runs without search", "deployment", m.spec.Key.String(), "error", err)
 	}
 	cfg := f.cfg.Template
-	cfg.SearchURL = string(search)
-	cfg.Key, cfg.Registry, cfg.DSN, cfg.CacheURL, cfg.Logger = m.spec.Key, f.cfg.Registry, string(dsn), string(cache), f.log
+	cfg.Key, cfg.Registry, cfg.Logger = m.spec.Key, f.cfg.Registry, f.log
+	cfg.DSN, cfg.CacheURL, cfg.SearchURL = string(dsn), string(cache), string(search)
 	if m.spec.TLS.Name != "" {
 		if cfg.TLS, err = newTLS(m.ctx, f.cfg.Secrets, m.spec.TLS, f.cfg.Reread); err != nil {
 			return err
@@ -114,33 +117,17 @@ func (m *member) runOnce() error {
 	return d.Run(m.ctx, append(parts, func(ctx context.Context) error { return m.watchSecrets(ctx, dsn, cache, search) })...)
 }
 
-func (m *member) dsn() ([]byte, error) {
-	ref := m.spec.Database
-	if ref.Name == "" {
-		return nil, errors.New("spec.database is not set: name the Secret with the connection string in spec.database.secretRef")
-	}
-	secret, err := m.fleet.cfg.Secrets.Get(m.ctx, ref.Namespace, ref.Name)
-	if err != nil {
-		return nil, fmt.Errorf("spec.database.secretRef: %w", err)
-	}
-	if len(secret[ref.Key]) == 0 {
-		return nil, fmt.Errorf("spec.database.secretRef: secret %s has no key %q", ref.Name, ref.Key)
-	}
-	return bytes.TrimSpace(secret[ref.Key]), nil
-}
-
-// cache returns the URL of the cache's Redis, nothing if there is none.
-func (m *member) cache() ([]byte, error) {
-	ref := m.spec.Cache
+// connection returns the connection string that a field of the spec refers to, nil if it refers to none.
+func (m *member) connection(field string, ref registry.SecretRef) ([]byte, error) {
 	if ref.Name == "" {
 		return nil, nil
 	}
 	secret, err := m.fleet.cfg.Secrets.Get(m.ctx, ref.Namespace, ref.Name)
 	if err != nil {
-		return nil, fmt.Errorf("spec.cache.secretRef: %w", err)
+		return nil, fmt.Errorf("spec.%s.secretRef: %w", field, err)
 	}
 	if len(secret[ref.Key]) == 0 {
-		return nil, fmt.Errorf("spec.cache.secretRef: secret %s has no key %q", ref.Name, ref.Key)
+		return nil, fmt.Errorf("spec.%s.secretRef: secret %s has no key %q", field, ref.Name, ref.Key)
 	}
 	return bytes.TrimSpace(secret[ref.Key]), nil
 }
@@ -155,13 +142,13 @@ func (m *member) watchSecrets(ctx context.Context, dsn, cache, search []byte) er
 			return nil
 		case <-tick.C:
 		}
-		if now, err := m.dsn(); err == nil && !bytes.Equal(now, dsn) {
+		if now, err := m.connection("database", m.spec.Database); err == nil && !bytes.Equal(now, dsn) {
 			return errDSNChanged
 		}
-		if now, err := m.cache(); err == nil && !bytes.Equal(now, cache) {
+		if now, err := m.connection("cache", m.spec.Cache); err == nil && !bytes.Equal(now, cache) {
 			return errDSNChanged
 		}
-		if now, err := m.search(); err == nil && !bytes.Equal(now, search) {
+		if now, err := m.connection("search", m.spec.Search); err == nil && !bytes.Equal(now, search) {
 			return errDSNChanged
 		}
 	}
