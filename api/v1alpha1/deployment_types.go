@@ -107,7 +107,7 @@ type SearchStoreType string
 const (
 	// SearchPostgres is PostgreSQL full text, in a database of its own.
 	SearchPostgres SearchStoreType = "Postgres"
-	// SearchRedis is Redis, with exact-match, prefix and range indexes. Full text needs the Query Engine of Redis 8, or RediSearch 2.
+	// SearchRedis is Redis, with exact-match, prefix and range indexes. A search for words is refused there.
 	SearchRedis SearchStoreType = "Redis"
 )
 
