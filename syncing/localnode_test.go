@@ -220,6 +220,7 @@ var _ = Describe("the search syncer", func() {
 
 				us.remove(names("own", 10)...)
 				eu.save("hidden", []string{"eu"}, names("foreign", 10)...)
+				converge(us, eu)
 				equal()
 				Expect(hits(`name = "shelves/own/books/00007" OR name = "shelves/foreign/books/00009"`)).To(BeEmpty())
 				Eventually(func() time.Duration { return *node.Status().Freshness }, "10s").Should(BeNumerically("<", 3*time.Second))
