@@ -36,6 +36,7 @@ type Explainer struct {
 		Ownees(ctx context.Context, at store.Location, names []string, after string, limit int) ([]string, error)
 		Suspects(ctx context.Context, candidates []store.Location) ([]store.Location, error)
 		QuarantineOf(ctx context.Context, name string) (*postgres.Quarantined, error)
+		PolicyWalk(ctx context.Context, holder string) (*store.PolicyWalk, error)
 	}
 	// Peers knows which Deployments may refer to resources of this one: mixin.Peers.
 	Peers interface{ Importers() []store.Location }
@@ -129,6 +130,9 @@ func (s *Server) explainHere(ctx context.Context, name descriptor.Name) (e *dbco
 	if held.Quarantine, err = s.quarantined(ctx, name.Full); err != nil {
 		return nil, nil, err
 	}
+	if e.PolicyProgress, err = s.policyProgress(ctx, name, e.GetOwner()); err != nil {
+		return nil, nil, err
+	}
 	switch shadow, err := s.cfg.Explainer.Core.Shadow(ctx, name.Full); {
 	case store.CodeOf(err) == store.NotFound:
 		return e, row, nil
@@ -186,6 +190,33 @@ func (s *Server) quarantined(ctx context.Context, name string) (*dbcontrollerv1.
 	return &dbcontrollerv1.QuarantinedVersion{
 		ResourceVersion: strconv.FormatInt(q.Version.Number, 10), Epoch: q.Version.Epoch, Cause: q.Cause, Tries: int32(q.Tries),
 	}, nil
+}
+
+// policyProgress tells of the policies that are being carried out here: the one that governs the resource, and its own.
+func (s *Server) policyProgress(ctx context.Context, name descriptor.Name, owner *dbcontrollerv1.OwnerDecision) (all []*dbcontrollerv1.PolicyProgress, err error) {
+	var holders []string
+	switch owner.GetBy() {
+	case dbcontrollerv1.OwnerDecision_BY_POLICY_HOLDER, dbcontrollerv1.OwnerDecision_BY_SERVICE_POLICY:
+		holders = append(holders, owner.GetPolicyHolder())
+	default: // no policy decides
+	}
+	if name.Type.IsPolicyHolder() && !slices.Contains(holders, name.Full) {
+		holders = append(holders, name.Full)
+	}
+	for _, holder := range holders {
+		w, err := s.cfg.Explainer.Core.PolicyWalk(ctx, holder)
+		if err != nil {
+			return nil, err
+		}
+		if w == nil || w.Done {
+			continue
+		}
+		all = append(all, &dbcontrollerv1.PolicyProgress{
+			Holder: w.Holder, Round: int32(w.Round), Total: w.Total, Checked: w.Checked, Changed: w.Changed, After: w.After,
+			Ahead: holder != name.Full && name.Full > w.After, Since: wireTime(w.Started), UpdateTime: wireTime(w.Updated),
+		})
+	}
+	return all, nil
 }
 
 // explainShadow adds what refers to what, and what is still to be done.

@@ -158,6 +158,22 @@ var _ = Describe("Explain", func() {
 		Expect(explain(eu, "tenants/t/notes/n", "").GetOwner()).To(SatisfyAll(fieldOf("Region", "eu"), fieldOf("By", dbcontrollerv1.OwnerDecision_BY_POLICY_HOLDER),
 			fieldOf("PolicyHolder", "tenants/t"), fieldOf("Reason", ContainSubstring("tenants/t"))))
 
+		By("a policy that is being carried out (F82)")
+		core := w.regions["eu"].store
+		Expect(core.BeginPolicyWalks(GinkgoT().Context(), []store.PolicyWalk{{Holder: "tenants/t", Says: "new"}})).To(Succeed())
+		walk, err := core.PolicyWalk(GinkgoT().Context(), "tenants/t")
+		Expect(err).NotTo(HaveOccurred())
+		progress := func(ahead bool) OmegaMatcher {
+			return HaveExactElements(SatisfyAll(fieldOf("Holder", "tenants/t"), fieldOf("Round", int32(walk.Round)), fieldOf("Ahead", ahead)))
+		}
+		Expect(explain(eu, "tenants/t/notes/n", "").GetPolicyProgress()).To(progress(true))
+		Expect(explain(eu, "tenants/t", "").GetPolicyProgress()).To(progress(false))
+		walk.Done = true
+		saved, err := core.SavePolicyWalk(GinkgoT().Context(), *walk)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(saved).To(BeTrue())
+		Expect(explain(eu, "tenants/t/notes/n", "").GetPolicyProgress()).To(BeEmpty())
+
 		By("a region that the holder has not reached")
 		a := us.do("GET", "/tenants/t/notes/n:explain", "")
 		Expect(a.status).To(Equal(http.StatusBadRequest), a.text)

@@ -42,12 +42,19 @@ refers to; a circle of references is written in one transaction, or some of its 
 
 When all copies are there it plans and makes two deletions (with --load only if also --exit-when-synced is given): of a source that
 other packages need, which must be refused, and of one that nobody needs. That takes the packages of the source along, and those
-that only recommend them lose the reference, in all regions.
+that only recommend them lose the reference, in all regions. Then, each step only if the input has something for it:
+
+- A region is added to the policy of one section of up to 500 packages, and taken away again. What-if is asked before, and must have
+  said how many copies then appear and vanish, by the databases.
+- Each region searches its packages for words of their descriptions; after that one region is cut off and searches alone (a region
+  that --cut cuts off does so in that time, too). What is found must be in its database, and something must be if its packages have it.
+- Four copies in us are changed by hand in its database, and a row that nobody owns is inserted. The verification must find exactly
+  these five, repair them, and then find nothing.
 
 At the end it compares all databases with queries of its own: which rows each region must hold follows from the column
 "regions" of their owner's database. Compared are name, uuid, version, times and a hash of all contents.
 
-The exit code is 0 only if the deletions went as they must and that comparison found nothing missing, extra or different; 1
+The exit code is 0 only if all of this went as it must and that comparison found nothing missing, extra or different; 1
 otherwise, or if the time was up; 130 if it was interrupted before. Processes and files are removed in any case.
 
 Commit to visible (p50, p99) is measured with a resource that is written in eu five times a second: from the answer to the write

@@ -150,6 +150,7 @@ type demoInput struct {
 	owned, copies int // without what is deleted
 	deleted       int // with sources/s1, the only source that nobody needs and others recommend
 	blockers      int // of sources/s0, which most need
+	moved         int // packages of sections/s2, the first of those that are not everywhere and have most
 }
 
 // writeInput writes some sections that live in different regions, and packages of ten sources, all before what they refer to.
@@ -179,6 +180,9 @@ func writeInput(t *testing.T, packages int) demoInput {
 			in.deleted++
 		} else {
 			in.owned, in.copies = in.owned+1, in.copies+len(sets[i%len(sets)])-1
+			if i%len(sets) == 2 {
+				in.moved++
+			}
 		}
 	}
 	for i := range 10 {
@@ -199,7 +203,8 @@ func writeInput(t *testing.T, packages int) demoInput {
 	return in
 }
 
-// TestDemoLoadsCutsDeletesAndJudges: references hold (F37, F39), a deletion is refused (F46) or cascades (F48, F49), and the regions agree.
+// TestDemoLoadsCutsDeletesAndJudges: references hold (F37, F39), a deletion is refused (F46) or cascades (F48, F49), a policy moves copies (F82), each region
+// searches, edits by hand are found and repaired (P1), and the regions agree.
 func TestDemoLoadsCutsDeletesAndJudges(t *testing.T) {
 	g := NewWithT(t)
 	in := writeInput(t, 295)
@@ -210,12 +215,15 @@ func TestDemoLoadsCutsDeletesAndJudges(t *testing.T) {
 	var summary map[string]float64
 	g.Expect(json.Unmarshal([]byte(lines[len(lines)-1]), &summary)).To(Succeed())
 	g.Expect(slices.Sorted(maps.Keys(summary))).To(Equal([]string{
-		"copies", "deleted", "different", "extra", "missing", "owned", "p50_ms", "p99_ms", "refused_blockers", "regions", "rows_per_second",
+		"copies", "deleted", "different", "edited", "extra", "found", "left", "missing", "owned", "p50_ms", "p99_ms", "policy_added", "policy_removed",
+		"refused_blockers", "regions", "repaired", "rows_per_second", "searches",
 	}))
 	g.Expect(summary).To(And(
 		HaveKeyWithValue("regions", 3.0), HaveKeyWithValue("owned", float64(in.owned)), HaveKeyWithValue("copies", float64(in.copies)),
 		HaveKeyWithValue("missing", 0.0), HaveKeyWithValue("extra", 0.0), HaveKeyWithValue("different", 0.0),
 		HaveKeyWithValue("deleted", float64(in.deleted)), HaveKeyWithValue("refused_blockers", float64(in.blockers)),
+		HaveKeyWithValue("policy_added", float64(in.moved)), HaveKeyWithValue("policy_removed", float64(in.moved)), HaveKeyWithValue("searches", 4.0),
+		HaveKeyWithValue("edited", 5.0), HaveKeyWithValue("found", 5.0), HaveKeyWithValue("repaired", 5.0), HaveKeyWithValue("left", 0.0),
 	))
 	g.Expect(summary["p50_ms"]).To(BeNumerically(">=", 10), "half a round trip")
 	g.Expect(summary["p99_ms"]).To(BeNumerically(">", 1000), "the cut is in it")
@@ -223,6 +231,9 @@ func TestDemoLoadsCutsDeletesAndJudges(t *testing.T) {
 	g.Expect(p.stderr.String()).To(And(
 		ContainSubstring("CUT: ap"), ContainSubstring("HEALED: ap"), ContainSubstring("5 references of larger circles added afterwards, to 5 resources"),
 		ContainSubstring("DELETE sources/s0: refused"), ContainSubstring("DELETE sources/s1: 31 resources gone, 30 others without"),
+		ContainSubstring("what-if sections/s2 --add-region us in us: us gains %d rows", in.moved), ContainSubstring("PATCH sections/s2: policy accepted"),
+		ContainSubstring(`search in us for "p0": `), ContainSubstring(`search in ap, which is cut off, for "p0": `),
+		MatchRegexp(`verify in us --repair: .* 5 differences, 0 repaired`), MatchRegexp(`verify in us: .* 0 differences, 0 repaired`),
 	))
 	p.expectNothingLeft(g)
 }
@@ -245,6 +256,9 @@ func TestDemoWithoutInputRunsUntilInterrupted(t *testing.T) {
 	p := start(t, "demo", "--latency", "0", "--insecure", "--summary", "json")
 	p.waitLine(t, "DELETE sources/engine: refused because of 1 resource in the input, among them sections/admin/packages/dashboard")
 	p.waitLine(t, "DELETE sources/puzzle: 3 resources gone, 2 others without their references to them")
+	p.waitLine(t, "PATCH sections/libs: policy accepted")
+	p.waitLine(t, `search in ap, which is cut off, for "p00": `)
+	p.waitLine(t, "verify in us: ")
 	p.waitLine(t, "running until Ctrl-C")
 	p.waitLine(t, "writes")
 	g.Expect(p.cmd.Process.Signal(syscall.SIGTERM)).To(Succeed())

@@ -198,6 +198,7 @@ func writeWhy(w io.Writer, e *v1.Explanation) error {
 	if e.GetBlockDeletion() {
 		p.block("Deletion", []string{"held up by the service itself"})
 	}
+	p.block("Policy", policyRows(e)...)
 	p.block("Pending", pendingRows(e)...)
 	p.block("Next", nextRows(e)...)
 	_, err := w.Write(p.Bytes())
@@ -324,6 +325,19 @@ func referrerRows(e *v1.Explanation) (rows [][]string) {
 func blockadeRows(e *v1.Explanation) (rows [][]string) {
 	for _, b := range e.GetBlockades() {
 		rows = append(rows, []string{b.GetReferrer(), "of " + b.GetLocation(), "a write that may not have ended" + since(", until ", b.GetExpireTime())})
+	}
+	return rows
+}
+
+// policyRows tells how far policies are carried out that may still move the resource.
+func policyRows(e *v1.Explanation) (rows [][]string) {
+	for _, w := range e.GetPolicyProgress() {
+		of := "the policy of " + cmp.Or(w.GetHolder(), "the service") + " is being carried out"
+		far := fmt.Sprintf("round %d: %d of %d resources looked at in all, %d changed", w.GetRound(), w.GetChecked(), w.GetTotal(), w.GetChanged())
+		if w.GetAhead() {
+			far += "; this one is still to come"
+		}
+		rows = append(rows, []string{of + since(" since ", w.GetSince())}, []string{far})
 	}
 	return rows
 }

@@ -47,7 +47,10 @@ func TestExplanationAsText(t *testing.T) {
 			},
 			Referrers: []*v1.Referrer{{Name: "sections/libs/packages/zlib", Field: "depends[]", OnTargetDeleted: "Block"}}, MoreReferrers: true,
 			Blockades: []*v1.Blockade{{Location: "apps.example.com/eu", Referrer: "apps/new", ExpireTime: aTime}},
-			Pending:   &v1.PendingWork{State: "PENDING", Tasks: []string{"CONFIRM_BLOCKADES", "CHECK_META_OWNERS"}, Since: aTime, LastError: "secrets.example.com/us cannot be reached", NextRetry: aTime},
+			PolicyProgress: []*v1.PolicyProgress{
+				{Holder: "sections/admin", Round: 1, Total: 200, Checked: 150, Changed: 149, After: "sections/admin/packages/a", Ahead: true, Since: aTime}, {Round: 2, Total: 9, Checked: 12},
+			},
+			Pending: &v1.PendingWork{State: "PENDING", Tasks: []string{"CONFIRM_BLOCKADES", "CHECK_META_OWNERS"}, Since: aTime, LastError: "secrets.example.com/us cannot be reached", NextRetry: aTime},
 		}, `
 sections/admin/packages/apt
 
@@ -75,6 +78,10 @@ Referrers     sections/libs/packages/zlib  depends[]  Block
               and more
 Blockades     apps/new  of apps.example.com/eu  a write that may not have ended, until 2026-11-21T12:00:00Z
 Deletion      held up by the service itself
+Policy        the policy of sections/admin is being carried out since 2026-11-21T12:00:00Z
+              round 1: 150 of 200 resources looked at in all, 149 changed; this one is still to come
+              the policy of the service is being carried out
+              round 2: 12 of 9 resources looked at in all, 0 changed
 Pending       CONFIRM_BLOCKADES, CHECK_META_OWNERS, since 2026-11-21T12:00:00Z
               last error: secrets.example.com/us cannot be reached
               next retry: 2026-11-21T12:00:00Z

@@ -85,7 +85,7 @@ func (x OwnerDecision_By) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OwnerDecision_By.Descriptor instead.
 func (OwnerDecision_By) EnumDescriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26, 0}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{27, 0}
 }
 
 // Resource is one resource with its metadata.
@@ -1838,8 +1838,10 @@ type Explanation struct {
 	Blockades []*Blockade  `protobuf:"bytes,14,rep,name=blockades,proto3" json:"blockades,omitempty"`
 	// The service itself blocks the deletion.
 	BlockDeletion bool `protobuf:"varint,15,opt,name=block_deletion,json=blockDeletion,proto3" json:"block_deletion,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Changes of policies that are being carried out in the answering region and may still move the resource, or what it governs.
+	PolicyProgress []*PolicyProgress `protobuf:"bytes,16,rep,name=policy_progress,json=policyProgress,proto3" json:"policy_progress,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Explanation) Reset() {
@@ -1977,6 +1979,127 @@ func (x *Explanation) GetBlockDeletion() bool {
 	return false
 }
 
+func (x *Explanation) GetPolicyProgress() []*PolicyProgress {
+	if x != nil {
+		return x.PolicyProgress
+	}
+	return nil
+}
+
+// PolicyProgress is how far a policy is carried out in a region: a walk over all resources under its holder, perhaps in several rounds.
+type PolicyProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The resource whose policy it is; empty: the service.
+	Holder string `protobuf:"bytes,1,opt,name=holder,proto3" json:"holder,omitempty"`
+	// The round counts from 1: a later one looks for what was written meanwhile by those who knew only the policy before.
+	Round int32 `protobuf:"varint,2,opt,name=round,proto3" json:"round,omitempty"`
+	// How many resources there were to look at; how many were looked at and changed in all rounds.
+	Total   int64 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
+	Checked int64 `protobuf:"varint,4,opt,name=checked,proto3" json:"checked,omitempty"`
+	Changed int64 `protobuf:"varint,5,opt,name=changed,proto3" json:"changed,omitempty"`
+	// The name up to which the round has come.
+	After string `protobuf:"bytes,6,opt,name=after,proto3" json:"after,omitempty"`
+	// The resource explained comes after that.
+	Ahead         bool                   `protobuf:"varint,7,opt,name=ahead,proto3" json:"ahead,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=since,proto3" json:"since,omitempty"`
+	UpdateTime    *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyProgress) Reset() {
+	*x = PolicyProgress{}
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyProgress) ProtoMessage() {}
+
+func (x *PolicyProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyProgress.ProtoReflect.Descriptor instead.
+func (*PolicyProgress) Descriptor() ([]byte, []int) {
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *PolicyProgress) GetHolder() string {
+	if x != nil {
+		return x.Holder
+	}
+	return ""
+}
+
+func (x *PolicyProgress) GetRound() int32 {
+	if x != nil {
+		return x.Round
+	}
+	return 0
+}
+
+func (x *PolicyProgress) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *PolicyProgress) GetChecked() int64 {
+	if x != nil {
+		return x.Checked
+	}
+	return 0
+}
+
+func (x *PolicyProgress) GetChanged() int64 {
+	if x != nil {
+		return x.Changed
+	}
+	return 0
+}
+
+func (x *PolicyProgress) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *PolicyProgress) GetAhead() bool {
+	if x != nil {
+		return x.Ahead
+	}
+	return false
+}
+
+func (x *PolicyProgress) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *PolicyProgress) GetUpdateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UpdateTime
+	}
+	return nil
+}
+
 // OwnerDecision says which region owns a name, and why.
 type OwnerDecision struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1993,7 +2116,7 @@ type OwnerDecision struct {
 
 func (x *OwnerDecision) Reset() {
 	*x = OwnerDecision{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2005,7 +2128,7 @@ func (x *OwnerDecision) String() string {
 func (*OwnerDecision) ProtoMessage() {}
 
 func (x *OwnerDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[26]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2018,7 +2141,7 @@ func (x *OwnerDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OwnerDecision.ProtoReflect.Descriptor instead.
 func (*OwnerDecision) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{26}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *OwnerDecision) GetRegion() string {
@@ -2074,7 +2197,7 @@ type RegionState struct {
 
 func (x *RegionState) Reset() {
 	*x = RegionState{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2209,7 @@ func (x *RegionState) String() string {
 func (*RegionState) ProtoMessage() {}
 
 func (x *RegionState) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[27]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2222,7 @@ func (x *RegionState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegionState.ProtoReflect.Descriptor instead.
 func (*RegionState) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{27}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RegionState) GetRegion() string {
@@ -2184,7 +2307,7 @@ type QuarantinedVersion struct {
 
 func (x *QuarantinedVersion) Reset() {
 	*x = QuarantinedVersion{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2319,7 @@ func (x *QuarantinedVersion) String() string {
 func (*QuarantinedVersion) ProtoMessage() {}
 
 func (x *QuarantinedVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[28]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2332,7 @@ func (x *QuarantinedVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuarantinedVersion.ProtoReflect.Descriptor instead.
 func (*QuarantinedVersion) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{28}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *QuarantinedVersion) GetResourceVersion() string {
@@ -2259,7 +2382,7 @@ type OutgoingReference struct {
 
 func (x *OutgoingReference) Reset() {
 	*x = OutgoingReference{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2394,7 @@ func (x *OutgoingReference) String() string {
 func (*OutgoingReference) ProtoMessage() {}
 
 func (x *OutgoingReference) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[29]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2407,7 @@ func (x *OutgoingReference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutgoingReference.ProtoReflect.Descriptor instead.
 func (*OutgoingReference) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{29}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *OutgoingReference) GetKind() string {
@@ -2348,7 +2471,7 @@ type IncomingReferences struct {
 
 func (x *IncomingReferences) Reset() {
 	*x = IncomingReferences{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2360,7 +2483,7 @@ func (x *IncomingReferences) String() string {
 func (*IncomingReferences) ProtoMessage() {}
 
 func (x *IncomingReferences) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[30]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2373,7 +2496,7 @@ func (x *IncomingReferences) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IncomingReferences.ProtoReflect.Descriptor instead.
 func (*IncomingReferences) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{30}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *IncomingReferences) GetLocation() string {
@@ -2424,7 +2547,7 @@ type Referrer struct {
 
 func (x *Referrer) Reset() {
 	*x = Referrer{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2559,7 @@ func (x *Referrer) String() string {
 func (*Referrer) ProtoMessage() {}
 
 func (x *Referrer) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[31]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2449,7 +2572,7 @@ func (x *Referrer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Referrer.ProtoReflect.Descriptor instead.
 func (*Referrer) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{31}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Referrer) GetName() string {
@@ -2489,7 +2612,7 @@ type PendingWork struct {
 
 func (x *PendingWork) Reset() {
 	*x = PendingWork{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2624,7 @@ func (x *PendingWork) String() string {
 func (*PendingWork) ProtoMessage() {}
 
 func (x *PendingWork) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[32]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2637,7 @@ func (x *PendingWork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingWork.ProtoReflect.Descriptor instead.
 func (*PendingWork) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{32}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PendingWork) GetState() string {
@@ -2565,7 +2688,7 @@ type Blockade struct {
 
 func (x *Blockade) Reset() {
 	*x = Blockade{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2577,7 +2700,7 @@ func (x *Blockade) String() string {
 func (*Blockade) ProtoMessage() {}
 
 func (x *Blockade) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[33]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2590,7 +2713,7 @@ func (x *Blockade) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Blockade.ProtoReflect.Descriptor instead.
 func (*Blockade) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{33}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Blockade) GetLocation() string {
@@ -2629,7 +2752,7 @@ type PreviewPolicyRequest struct {
 
 func (x *PreviewPolicyRequest) Reset() {
 	*x = PreviewPolicyRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[34]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2641,7 +2764,7 @@ func (x *PreviewPolicyRequest) String() string {
 func (*PreviewPolicyRequest) ProtoMessage() {}
 
 func (x *PreviewPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[34]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2777,7 @@ func (x *PreviewPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewPolicyRequest.ProtoReflect.Descriptor instead.
 func (*PreviewPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{34}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PreviewPolicyRequest) GetName() string {
@@ -2708,7 +2831,7 @@ type PolicyPreview struct {
 
 func (x *PolicyPreview) Reset() {
 	*x = PolicyPreview{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[35]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2720,7 +2843,7 @@ func (x *PolicyPreview) String() string {
 func (*PolicyPreview) ProtoMessage() {}
 
 func (x *PolicyPreview) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[35]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2733,7 +2856,7 @@ func (x *PolicyPreview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyPreview.ProtoReflect.Descriptor instead.
 func (*PolicyPreview) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{35}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PolicyPreview) GetRefusals() []string {
@@ -2807,7 +2930,7 @@ type PolicyMove struct {
 
 func (x *PolicyMove) Reset() {
 	*x = PolicyMove{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[36]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2819,7 +2942,7 @@ func (x *PolicyMove) String() string {
 func (*PolicyMove) ProtoMessage() {}
 
 func (x *PolicyMove) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[36]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2832,7 +2955,7 @@ func (x *PolicyMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyMove.ProtoReflect.Descriptor instead.
 func (*PolicyMove) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{36}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PolicyMove) GetRegion() string {
@@ -2887,7 +3010,7 @@ type BatchWriteRequest struct {
 
 func (x *BatchWriteRequest) Reset() {
 	*x = BatchWriteRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[37]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +3022,7 @@ func (x *BatchWriteRequest) String() string {
 func (*BatchWriteRequest) ProtoMessage() {}
 
 func (x *BatchWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[37]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3035,7 @@ func (x *BatchWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchWriteRequest.ProtoReflect.Descriptor instead.
 func (*BatchWriteRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{37}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *BatchWriteRequest) GetWrites() []*Write {
@@ -2936,7 +3059,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[38]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2948,7 +3071,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[38]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2961,7 +3084,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{38}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Write) GetOp() isWrite_Op {
@@ -3030,7 +3153,7 @@ type BatchWriteResponse struct {
 
 func (x *BatchWriteResponse) Reset() {
 	*x = BatchWriteResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[39]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3042,7 +3165,7 @@ func (x *BatchWriteResponse) String() string {
 func (*BatchWriteResponse) ProtoMessage() {}
 
 func (x *BatchWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[39]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3055,7 +3178,7 @@ func (x *BatchWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchWriteResponse.ProtoReflect.Descriptor instead.
 func (*BatchWriteResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{39}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *BatchWriteResponse) GetResources() []*Resource {
@@ -3078,7 +3201,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[40]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3090,7 +3213,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[40]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3103,7 +3226,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{40}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WatchRequest) GetCollection() string {
@@ -3141,7 +3264,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[41]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3153,7 +3276,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[41]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3166,7 +3289,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{41}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WatchResponse) GetChanges() []*Change {
@@ -3203,7 +3326,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[42]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3215,7 +3338,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_dbcontroller_v1_resources_proto_msgTypes[42]
+	mi := &file_dbcontroller_v1_resources_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3228,7 +3351,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{42}
+	return file_dbcontroller_v1_resources_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Change) GetKind() isChange_Kind {
@@ -3423,7 +3546,7 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x0eExplainRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
-	"local_only\x18\x02 \x01(\bR\tlocalOnly\"\xb1\x05\n" +
+	"local_only\x18\x02 \x01(\bR\tlocalOnly\"\xfb\x05\n" +
 	"\vExplanation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x124\n" +
@@ -3444,7 +3567,19 @@ const file_dbcontroller_v1_resources_proto_rawDesc = "" +
 	"\x0emore_referrers\x18\f \x01(\bR\rmoreReferrers\x126\n" +
 	"\apending\x18\r \x01(\v2\x1c.dbcontroller.v1.PendingWorkR\apending\x127\n" +
 	"\tblockades\x18\x0e \x03(\v2\x19.dbcontroller.v1.BlockadeR\tblockades\x12%\n" +
-	"\x0eblock_deletion\x18\x0f \x01(\bR\rblockDeletion\"\x8e\x02\n" +
+	"\x0eblock_deletion\x18\x0f \x01(\bR\rblockDeletion\x12H\n" +
+	"\x0fpolicy_progress\x18\x10 \x03(\v2\x1f.dbcontroller.v1.PolicyProgressR\x0epolicyProgress\"\xa3\x02\n" +
+	"\x0ePolicyProgress\x12\x16\n" +
+	"\x06holder\x18\x01 \x01(\tR\x06holder\x12\x14\n" +
+	"\x05round\x18\x02 \x01(\x05R\x05round\x12\x14\n" +
+	"\x05total\x18\x03 \x01(\x03R\x05total\x12\x18\n" +
+	"\achecked\x18\x04 \x01(\x03R\achecked\x12\x18\n" +
+	"\achanged\x18\x05 \x01(\x03R\achanged\x12\x14\n" +
+	"\x05after\x18\x06 \x01(\tR\x05after\x12\x14\n" +
+	"\x05ahead\x18\a \x01(\bR\x05ahead\x120\n" +
+	"\x05since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12;\n" +
+	"\vupdate_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"updateTime\"\x8e\x02\n" +
 	"\rOwnerDecision\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\tR\x06region\x121\n" +
 	"\x02by\x18\x02 \x01(\x0e2!.dbcontroller.v1.OwnerDecision.ByR\x02by\x12#\n" +
@@ -3585,7 +3720,7 @@ func file_dbcontroller_v1_resources_proto_rawDescGZIP() []byte {
 }
 
 var file_dbcontroller_v1_resources_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_dbcontroller_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_dbcontroller_v1_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_dbcontroller_v1_resources_proto_goTypes = []any{
 	(OwnerDecision_By)(0),         // 0: dbcontroller.v1.OwnerDecision.By
 	(*Resource)(nil),              // 1: dbcontroller.v1.Resource
@@ -3614,36 +3749,37 @@ var file_dbcontroller_v1_resources_proto_goTypes = []any{
 	(*UnaskedDeployment)(nil),     // 24: dbcontroller.v1.UnaskedDeployment
 	(*ExplainRequest)(nil),        // 25: dbcontroller.v1.ExplainRequest
 	(*Explanation)(nil),           // 26: dbcontroller.v1.Explanation
-	(*OwnerDecision)(nil),         // 27: dbcontroller.v1.OwnerDecision
-	(*RegionState)(nil),           // 28: dbcontroller.v1.RegionState
-	(*QuarantinedVersion)(nil),    // 29: dbcontroller.v1.QuarantinedVersion
-	(*OutgoingReference)(nil),     // 30: dbcontroller.v1.OutgoingReference
-	(*IncomingReferences)(nil),    // 31: dbcontroller.v1.IncomingReferences
-	(*Referrer)(nil),              // 32: dbcontroller.v1.Referrer
-	(*PendingWork)(nil),           // 33: dbcontroller.v1.PendingWork
-	(*Blockade)(nil),              // 34: dbcontroller.v1.Blockade
-	(*PreviewPolicyRequest)(nil),  // 35: dbcontroller.v1.PreviewPolicyRequest
-	(*PolicyPreview)(nil),         // 36: dbcontroller.v1.PolicyPreview
-	(*PolicyMove)(nil),            // 37: dbcontroller.v1.PolicyMove
-	(*BatchWriteRequest)(nil),     // 38: dbcontroller.v1.BatchWriteRequest
-	(*Write)(nil),                 // 39: dbcontroller.v1.Write
-	(*BatchWriteResponse)(nil),    // 40: dbcontroller.v1.BatchWriteResponse
-	(*WatchRequest)(nil),          // 41: dbcontroller.v1.WatchRequest
-	(*WatchResponse)(nil),         // 42: dbcontroller.v1.WatchResponse
-	(*Change)(nil),                // 43: dbcontroller.v1.Change
-	nil,                           // 44: dbcontroller.v1.Metadata.LabelsEntry
-	nil,                           // 45: dbcontroller.v1.Metadata.AnnotationsEntry
-	nil,                           // 46: dbcontroller.v1.PolicyPreview.UpdatesEntry
-	(*timestamppb.Timestamp)(nil), // 47: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil), // 48: google.protobuf.FieldMask
+	(*PolicyProgress)(nil),        // 27: dbcontroller.v1.PolicyProgress
+	(*OwnerDecision)(nil),         // 28: dbcontroller.v1.OwnerDecision
+	(*RegionState)(nil),           // 29: dbcontroller.v1.RegionState
+	(*QuarantinedVersion)(nil),    // 30: dbcontroller.v1.QuarantinedVersion
+	(*OutgoingReference)(nil),     // 31: dbcontroller.v1.OutgoingReference
+	(*IncomingReferences)(nil),    // 32: dbcontroller.v1.IncomingReferences
+	(*Referrer)(nil),              // 33: dbcontroller.v1.Referrer
+	(*PendingWork)(nil),           // 34: dbcontroller.v1.PendingWork
+	(*Blockade)(nil),              // 35: dbcontroller.v1.Blockade
+	(*PreviewPolicyRequest)(nil),  // 36: dbcontroller.v1.PreviewPolicyRequest
+	(*PolicyPreview)(nil),         // 37: dbcontroller.v1.PolicyPreview
+	(*PolicyMove)(nil),            // 38: dbcontroller.v1.PolicyMove
+	(*BatchWriteRequest)(nil),     // 39: dbcontroller.v1.BatchWriteRequest
+	(*Write)(nil),                 // 40: dbcontroller.v1.Write
+	(*BatchWriteResponse)(nil),    // 41: dbcontroller.v1.BatchWriteResponse
+	(*WatchRequest)(nil),          // 42: dbcontroller.v1.WatchRequest
+	(*WatchResponse)(nil),         // 43: dbcontroller.v1.WatchResponse
+	(*Change)(nil),                // 44: dbcontroller.v1.Change
+	nil,                           // 45: dbcontroller.v1.Metadata.LabelsEntry
+	nil,                           // 46: dbcontroller.v1.Metadata.AnnotationsEntry
+	nil,                           // 47: dbcontroller.v1.PolicyPreview.UpdatesEntry
+	(*timestamppb.Timestamp)(nil), // 48: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil), // 49: google.protobuf.FieldMask
 }
 var file_dbcontroller_v1_resources_proto_depIdxs = []int32{
 	2,  // 0: dbcontroller.v1.Resource.metadata:type_name -> dbcontroller.v1.Metadata
-	47, // 1: dbcontroller.v1.Metadata.create_time:type_name -> google.protobuf.Timestamp
-	47, // 2: dbcontroller.v1.Metadata.update_time:type_name -> google.protobuf.Timestamp
-	47, // 3: dbcontroller.v1.Metadata.delete_time:type_name -> google.protobuf.Timestamp
-	44, // 4: dbcontroller.v1.Metadata.labels:type_name -> dbcontroller.v1.Metadata.LabelsEntry
-	45, // 5: dbcontroller.v1.Metadata.annotations:type_name -> dbcontroller.v1.Metadata.AnnotationsEntry
+	48, // 1: dbcontroller.v1.Metadata.create_time:type_name -> google.protobuf.Timestamp
+	48, // 2: dbcontroller.v1.Metadata.update_time:type_name -> google.protobuf.Timestamp
+	48, // 3: dbcontroller.v1.Metadata.delete_time:type_name -> google.protobuf.Timestamp
+	45, // 4: dbcontroller.v1.Metadata.labels:type_name -> dbcontroller.v1.Metadata.LabelsEntry
+	46, // 5: dbcontroller.v1.Metadata.annotations:type_name -> dbcontroller.v1.Metadata.AnnotationsEntry
 	3,  // 6: dbcontroller.v1.Metadata.syncing:type_name -> dbcontroller.v1.Syncing
 	4,  // 7: dbcontroller.v1.Metadata.owner_references:type_name -> dbcontroller.v1.OwnerReference
 	1,  // 8: dbcontroller.v1.BatchGetResponse.resources:type_name -> dbcontroller.v1.Resource
@@ -3655,64 +3791,67 @@ var file_dbcontroller_v1_resources_proto_depIdxs = []int32{
 	15, // 14: dbcontroller.v1.SearchFacet.values:type_name -> dbcontroller.v1.SearchFacetValue
 	1,  // 15: dbcontroller.v1.CreateRequest.resource:type_name -> dbcontroller.v1.Resource
 	1,  // 16: dbcontroller.v1.UpdateRequest.resource:type_name -> dbcontroller.v1.Resource
-	48, // 17: dbcontroller.v1.UpdateRequest.update_mask:type_name -> google.protobuf.FieldMask
+	49, // 17: dbcontroller.v1.UpdateRequest.update_mask:type_name -> google.protobuf.FieldMask
 	20, // 18: dbcontroller.v1.DeleteResponse.plan:type_name -> dbcontroller.v1.DeletionPlan
 	21, // 19: dbcontroller.v1.DeletionPlan.deployments:type_name -> dbcontroller.v1.PlannedDeployment
 	23, // 20: dbcontroller.v1.DeletionPlan.blockers:type_name -> dbcontroller.v1.PlannedBlocker
 	24, // 21: dbcontroller.v1.DeletionPlan.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
 	22, // 22: dbcontroller.v1.PlannedDeployment.changes:type_name -> dbcontroller.v1.PlannedChange
-	47, // 23: dbcontroller.v1.PlannedBlocker.tentative_until:type_name -> google.protobuf.Timestamp
-	27, // 24: dbcontroller.v1.Explanation.owner:type_name -> dbcontroller.v1.OwnerDecision
-	47, // 25: dbcontroller.v1.Explanation.delete_time:type_name -> google.protobuf.Timestamp
-	28, // 26: dbcontroller.v1.Explanation.regions:type_name -> dbcontroller.v1.RegionState
-	30, // 27: dbcontroller.v1.Explanation.references:type_name -> dbcontroller.v1.OutgoingReference
-	31, // 28: dbcontroller.v1.Explanation.referred_from:type_name -> dbcontroller.v1.IncomingReferences
-	32, // 29: dbcontroller.v1.Explanation.referrers:type_name -> dbcontroller.v1.Referrer
-	33, // 30: dbcontroller.v1.Explanation.pending:type_name -> dbcontroller.v1.PendingWork
-	34, // 31: dbcontroller.v1.Explanation.blockades:type_name -> dbcontroller.v1.Blockade
-	0,  // 32: dbcontroller.v1.OwnerDecision.by:type_name -> dbcontroller.v1.OwnerDecision.By
-	47, // 33: dbcontroller.v1.RegionState.update_time:type_name -> google.protobuf.Timestamp
-	29, // 34: dbcontroller.v1.RegionState.quarantine:type_name -> dbcontroller.v1.QuarantinedVersion
-	47, // 35: dbcontroller.v1.PendingWork.since:type_name -> google.protobuf.Timestamp
-	47, // 36: dbcontroller.v1.PendingWork.next_retry:type_name -> google.protobuf.Timestamp
-	47, // 37: dbcontroller.v1.Blockade.expire_time:type_name -> google.protobuf.Timestamp
-	37, // 38: dbcontroller.v1.PolicyPreview.moves:type_name -> dbcontroller.v1.PolicyMove
-	46, // 39: dbcontroller.v1.PolicyPreview.updates:type_name -> dbcontroller.v1.PolicyPreview.UpdatesEntry
-	24, // 40: dbcontroller.v1.PolicyPreview.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
-	39, // 41: dbcontroller.v1.BatchWriteRequest.writes:type_name -> dbcontroller.v1.Write
-	16, // 42: dbcontroller.v1.Write.create:type_name -> dbcontroller.v1.CreateRequest
-	17, // 43: dbcontroller.v1.Write.update:type_name -> dbcontroller.v1.UpdateRequest
-	18, // 44: dbcontroller.v1.Write.delete:type_name -> dbcontroller.v1.DeleteRequest
-	1,  // 45: dbcontroller.v1.BatchWriteResponse.resources:type_name -> dbcontroller.v1.Resource
-	43, // 46: dbcontroller.v1.WatchResponse.changes:type_name -> dbcontroller.v1.Change
-	1,  // 47: dbcontroller.v1.Change.set:type_name -> dbcontroller.v1.Resource
-	5,  // 48: dbcontroller.v1.Resources.Get:input_type -> dbcontroller.v1.GetRequest
-	6,  // 49: dbcontroller.v1.Resources.BatchGet:input_type -> dbcontroller.v1.BatchGetRequest
-	8,  // 50: dbcontroller.v1.Resources.List:input_type -> dbcontroller.v1.ListRequest
-	16, // 51: dbcontroller.v1.Resources.Create:input_type -> dbcontroller.v1.CreateRequest
-	17, // 52: dbcontroller.v1.Resources.Update:input_type -> dbcontroller.v1.UpdateRequest
-	18, // 53: dbcontroller.v1.Resources.Delete:input_type -> dbcontroller.v1.DeleteRequest
-	38, // 54: dbcontroller.v1.Resources.BatchWrite:input_type -> dbcontroller.v1.BatchWriteRequest
-	41, // 55: dbcontroller.v1.Resources.Watch:input_type -> dbcontroller.v1.WatchRequest
-	10, // 56: dbcontroller.v1.Resources.Search:input_type -> dbcontroller.v1.SearchRequest
-	25, // 57: dbcontroller.v1.Resources.Explain:input_type -> dbcontroller.v1.ExplainRequest
-	35, // 58: dbcontroller.v1.Resources.PreviewPolicy:input_type -> dbcontroller.v1.PreviewPolicyRequest
-	1,  // 59: dbcontroller.v1.Resources.Get:output_type -> dbcontroller.v1.Resource
-	7,  // 60: dbcontroller.v1.Resources.BatchGet:output_type -> dbcontroller.v1.BatchGetResponse
-	9,  // 61: dbcontroller.v1.Resources.List:output_type -> dbcontroller.v1.ListResponse
-	1,  // 62: dbcontroller.v1.Resources.Create:output_type -> dbcontroller.v1.Resource
-	1,  // 63: dbcontroller.v1.Resources.Update:output_type -> dbcontroller.v1.Resource
-	19, // 64: dbcontroller.v1.Resources.Delete:output_type -> dbcontroller.v1.DeleteResponse
-	40, // 65: dbcontroller.v1.Resources.BatchWrite:output_type -> dbcontroller.v1.BatchWriteResponse
-	42, // 66: dbcontroller.v1.Resources.Watch:output_type -> dbcontroller.v1.WatchResponse
-	11, // 67: dbcontroller.v1.Resources.Search:output_type -> dbcontroller.v1.SearchResponse
-	26, // 68: dbcontroller.v1.Resources.Explain:output_type -> dbcontroller.v1.Explanation
-	36, // 69: dbcontroller.v1.Resources.PreviewPolicy:output_type -> dbcontroller.v1.PolicyPreview
-	59, // [59:70] is the sub-list for method output_type
-	48, // [48:59] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	48, // 23: dbcontroller.v1.PlannedBlocker.tentative_until:type_name -> google.protobuf.Timestamp
+	28, // 24: dbcontroller.v1.Explanation.owner:type_name -> dbcontroller.v1.OwnerDecision
+	48, // 25: dbcontroller.v1.Explanation.delete_time:type_name -> google.protobuf.Timestamp
+	29, // 26: dbcontroller.v1.Explanation.regions:type_name -> dbcontroller.v1.RegionState
+	31, // 27: dbcontroller.v1.Explanation.references:type_name -> dbcontroller.v1.OutgoingReference
+	32, // 28: dbcontroller.v1.Explanation.referred_from:type_name -> dbcontroller.v1.IncomingReferences
+	33, // 29: dbcontroller.v1.Explanation.referrers:type_name -> dbcontroller.v1.Referrer
+	34, // 30: dbcontroller.v1.Explanation.pending:type_name -> dbcontroller.v1.PendingWork
+	35, // 31: dbcontroller.v1.Explanation.blockades:type_name -> dbcontroller.v1.Blockade
+	27, // 32: dbcontroller.v1.Explanation.policy_progress:type_name -> dbcontroller.v1.PolicyProgress
+	48, // 33: dbcontroller.v1.PolicyProgress.since:type_name -> google.protobuf.Timestamp
+	48, // 34: dbcontroller.v1.PolicyProgress.update_time:type_name -> google.protobuf.Timestamp
+	0,  // 35: dbcontroller.v1.OwnerDecision.by:type_name -> dbcontroller.v1.OwnerDecision.By
+	48, // 36: dbcontroller.v1.RegionState.update_time:type_name -> google.protobuf.Timestamp
+	30, // 37: dbcontroller.v1.RegionState.quarantine:type_name -> dbcontroller.v1.QuarantinedVersion
+	48, // 38: dbcontroller.v1.PendingWork.since:type_name -> google.protobuf.Timestamp
+	48, // 39: dbcontroller.v1.PendingWork.next_retry:type_name -> google.protobuf.Timestamp
+	48, // 40: dbcontroller.v1.Blockade.expire_time:type_name -> google.protobuf.Timestamp
+	38, // 41: dbcontroller.v1.PolicyPreview.moves:type_name -> dbcontroller.v1.PolicyMove
+	47, // 42: dbcontroller.v1.PolicyPreview.updates:type_name -> dbcontroller.v1.PolicyPreview.UpdatesEntry
+	24, // 43: dbcontroller.v1.PolicyPreview.unasked:type_name -> dbcontroller.v1.UnaskedDeployment
+	40, // 44: dbcontroller.v1.BatchWriteRequest.writes:type_name -> dbcontroller.v1.Write
+	16, // 45: dbcontroller.v1.Write.create:type_name -> dbcontroller.v1.CreateRequest
+	17, // 46: dbcontroller.v1.Write.update:type_name -> dbcontroller.v1.UpdateRequest
+	18, // 47: dbcontroller.v1.Write.delete:type_name -> dbcontroller.v1.DeleteRequest
+	1,  // 48: dbcontroller.v1.BatchWriteResponse.resources:type_name -> dbcontroller.v1.Resource
+	44, // 49: dbcontroller.v1.WatchResponse.changes:type_name -> dbcontroller.v1.Change
+	1,  // 50: dbcontroller.v1.Change.set:type_name -> dbcontroller.v1.Resource
+	5,  // 51: dbcontroller.v1.Resources.Get:input_type -> dbcontroller.v1.GetRequest
+	6,  // 52: dbcontroller.v1.Resources.BatchGet:input_type -> dbcontroller.v1.BatchGetRequest
+	8,  // 53: dbcontroller.v1.Resources.List:input_type -> dbcontroller.v1.ListRequest
+	16, // 54: dbcontroller.v1.Resources.Create:input_type -> dbcontroller.v1.CreateRequest
+	17, // 55: dbcontroller.v1.Resources.Update:input_type -> dbcontroller.v1.UpdateRequest
+	18, // 56: dbcontroller.v1.Resources.Delete:input_type -> dbcontroller.v1.DeleteRequest
+	39, // 57: dbcontroller.v1.Resources.BatchWrite:input_type -> dbcontroller.v1.BatchWriteRequest
+	42, // 58: dbcontroller.v1.Resources.Watch:input_type -> dbcontroller.v1.WatchRequest
+	10, // 59: dbcontroller.v1.Resources.Search:input_type -> dbcontroller.v1.SearchRequest
+	25, // 60: dbcontroller.v1.Resources.Explain:input_type -> dbcontroller.v1.ExplainRequest
+	36, // 61: dbcontroller.v1.Resources.PreviewPolicy:input_type -> dbcontroller.v1.PreviewPolicyRequest
+	1,  // 62: dbcontroller.v1.Resources.Get:output_type -> dbcontroller.v1.Resource
+	7,  // 63: dbcontroller.v1.Resources.BatchGet:output_type -> dbcontroller.v1.BatchGetResponse
+	9,  // 64: dbcontroller.v1.Resources.List:output_type -> dbcontroller.v1.ListResponse
+	1,  // 65: dbcontroller.v1.Resources.Create:output_type -> dbcontroller.v1.Resource
+	1,  // 66: dbcontroller.v1.Resources.Update:output_type -> dbcontroller.v1.Resource
+	19, // 67: dbcontroller.v1.Resources.Delete:output_type -> dbcontroller.v1.DeleteResponse
+	41, // 68: dbcontroller.v1.Resources.BatchWrite:output_type -> dbcontroller.v1.BatchWriteResponse
+	43, // 69: dbcontroller.v1.Resources.Watch:output_type -> dbcontroller.v1.WatchResponse
+	11, // 70: dbcontroller.v1.Resources.Search:output_type -> dbcontroller.v1.SearchResponse
+	26, // 71: dbcontroller.v1.Resources.Explain:output_type -> dbcontroller.v1.Explanation
+	37, // 72: dbcontroller.v1.Resources.PreviewPolicy:output_type -> dbcontroller.v1.PolicyPreview
+	62, // [62:73] is the sub-list for method output_type
+	51, // [51:62] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_dbcontroller_v1_resources_proto_init() }
@@ -3720,12 +3859,12 @@ func file_dbcontroller_v1_resources_proto_init() {
 	if File_dbcontroller_v1_resources_proto != nil {
 		return
 	}
-	file_dbcontroller_v1_resources_proto_msgTypes[38].OneofWrappers = []any{
+	file_dbcontroller_v1_resources_proto_msgTypes[39].OneofWrappers = []any{
 		(*Write_Create)(nil),
 		(*Write_Update)(nil),
 		(*Write_Delete)(nil),
 	}
-	file_dbcontroller_v1_resources_proto_msgTypes[42].OneofWrappers = []any{
+	file_dbcontroller_v1_resources_proto_msgTypes[43].OneofWrappers = []any{
 		(*Change_Set)(nil),
 		(*Change_Removed)(nil),
 	}
@@ -3735,7 +3874,7 @@ func file_dbcontroller_v1_resources_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dbcontroller_v1_resources_proto_rawDesc), len(file_dbcontroller_v1_resources_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   46,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

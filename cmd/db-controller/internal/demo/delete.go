@@ -28,8 +28,7 @@ type deletions struct {
 	region           *region       // whose API server is asked; it need not own anything
 	refusal, cascade *consequences // nil if the input has nothing of the kind
 
-	// done says that both have gone as they must. refused are the blockers of the one; deleted are the rows that the other has taken along.
-	done             bool
+	// refused are the blockers of the one; deleted are the rows that the other has taken along.
 	refused, deleted int
 }
 
@@ -44,7 +43,6 @@ func (d *deletions) all(ctx context.Context) error {
 	} else if err := d.grant(ctx, d.cascade); err != nil {
 		return fmt.Errorf("delete %s: %w", d.name(d.cascade.root), err)
 	}
-	d.done = true
 	return nil
 }
 
@@ -57,6 +55,14 @@ func (d *deletions) names(nodes []int32) map[string]bool {
 		set[d.name(n)] = true
 	}
 	return set
+}
+
+// doomed are the names that the cascade takes along.
+func (d *deletions) doomed() map[string]bool {
+	if d.cascade == nil {
+		return nil
+	}
+	return d.names(d.cascade.deletes)
 }
 
 // plan asks what a deletion would do. A reference from another region that was made a moment ago blocks until its region has confirmed it; such blockers are

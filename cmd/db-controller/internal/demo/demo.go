@@ -7,7 +7,9 @@
 //	load.go     the load and synthetic writes, through the API servers
 //	choose.go   which deletions the input is good for
 //	delete.go   a deletion that is refused and one that cascades, planned before, judged after
+//	policy.go   a policy gets a region and loses it again, and the copies follow
 //	search.go   a search in each region, also in one that is cut off
+//	verify.go   copies that are changed by hand, found and repaired
 //	probe.go    commit to visible, measured from outside
 //	sample.go   what the regions hold and say, now and again
 //	compare.go  the verdict: the databases compared by queries of its own
@@ -99,6 +101,17 @@ type Summary struct {
 	// Deleted are the rows that the demo's deletion has taken along, RefusedBlockers the resources that have forbidden the other one.
 	Deleted         int `json:"deleted"`
 	RefusedBlockers int `json:"refused_blockers"`
+	// PolicyAdded and PolicyRemoved are the copies that a change of a policy has made, and that taking it back has removed.
+	PolicyAdded   int64 `json:"policy_added"`
+	PolicyRemoved int64 `json:"policy_removed"`
+	// Searches have been judged, each in one region.
+	Searches int `json:"searches"`
+	// Edited are the rows that were changed by hand; Found, Repaired and Left are the differences that verifications have told of them: before, at, and after
+	// the repair.
+	Edited   int `json:"edited"`
+	Found    int `json:"found"`
+	Repaired int `json:"repaired"`
+	Left     int `json:"left"`
 	// P50 and P99 are from commit to visible, in milliseconds.
 	P50 float64 `json:"p50_ms"`
 	P99 float64 `json:"p99_ms"`
@@ -106,7 +119,7 @@ type Summary struct {
 	RowsPerSecond float64 `json:"rows_per_second"`
 }
 
-// Run runs the demo. It returns nil if the deletions went as they must, and a comparison of all databases has found nothing missing, extra or different. When
+// Run runs the demo. It returns nil if what it shows went as it must, and a comparison of all databases has found nothing missing, extra or different. When
 // ctx is done before load and deletions are complete, it stops at once with ErrInterrupted; later, it stops writing, waits for the last copies, and compares.
 func Run(ctx context.Context, cfg Config) (err error) {
 	r := &run{cfg: cfg, screen: newScreen(cfg.Err, cfg.Terminal)}
@@ -153,6 +166,7 @@ func (r *run) plan(data []byte) error {
 	r.order = r.input.plan(loadLimits)
 	r.deletes = &deletions{run: r, input: r.input}
 	r.deletes.refusal, r.deletes.cascade = r.input.chooseDeletions()
+	r.words = r.input.searchWords(r.deletes.doomed())
 	return nil
 }
 
@@ -171,7 +185,14 @@ type run struct {
 	input   *input
 	order   *order
 	deletes *deletions
-	began   time.Time
+	words   []string // that are searched for
+	moves   *moves
+	// verification is made after the searches; searches are those that have been judged.
+	verification *verification
+	searches     int
+	// shown says that all that the demo shows has gone as it must.
+	shown bool
+	began time.Time
 	// perSecond is how many rows all regions together applied per second, until the copies were complete.
 	perSecond float64
 
@@ -215,6 +236,8 @@ func (r *run) all(ctx context.Context) error {
 	r.sampler = newSampler(r.world)
 	r.loader = &loader{world: r.world, region: r.world.regions[Regions[0]], input: r.input, order: r.order}
 	r.deletes.region = r.world.regions[Regions[1]]
+	r.moves = &moves{run: r, region: r.world.regions[Regions[1]]}
+	r.verification = &verification{run: r, region: r.world.regions[Regions[1]]}
 	r.prober = newProber(r.world)
 	r.writer = &synthetic{world: r.world}
 	r.screen.sampler, r.screen.extra = r.sampler, r.progress
@@ -242,10 +265,7 @@ func (r *run) all(ctx context.Context) error {
 		r.screen.note("all copies are there, %.1fs after the load began: %s rows applied, %s rows/s", took.Seconds(),
 			grouped(after.applied-before.applied), grouped(int64(r.perSecond)))
 		if r.cfg.ExitWhenSynced || r.cfg.Load == "" {
-			if err := r.deletes.all(limited); err != nil {
-				return r.cause(ctx, limited, err)
-			}
-			if err := r.search(limited); err != nil {
+			if err := r.show(limited); err != nil {
 				return r.cause(ctx, limited, err)
 			}
 		}
@@ -276,6 +296,23 @@ func (r *run) all(ctx context.Context) error {
 	stop()
 	watching.Wait() // nothing shall be printed after the summary
 	return r.summarize(found)
+}
+
+// show does, when all copies are there, what the demo is there to show. It returns the first thing that did not go as it must.
+func (r *run) show(ctx context.Context) error {
+	if err := r.deletes.all(ctx); err != nil {
+		return err
+	}
+	// What follows counts rows, and compares copies with owners at one moment.
+	r.writer.paused.Store(true)
+	defer r.writer.paused.Store(false)
+	for _, step := range []func(context.Context) error{r.moves.all, r.search, r.verification.all} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	r.shown = true
+	return nil
 }
 
 var errTimeout = errors.New("the regions were not in sync in time (--timeout)")
@@ -348,10 +385,8 @@ func (r *run) cut(ctx context.Context) error {
 		}
 		r.screen.note("CUT: %s is unreachable for %s", c.Region, c.For)
 		r.world.cut(c.Region)
-		if err := r.searchIn(ctx, r.world.regions[c.Region], ", which is cut off,"); err != nil && ctx.Err() == nil {
-			r.screen.note("%v", err)
-		}
-		err := sleep(ctx, c.For)
+		over := time.Now().Add(c.For)
+		err := errors.Join(r.searchDuring(ctx, c), sleep(ctx, time.Until(over)))
 		r.world.heal(c.Region)
 		if err != nil {
 			return err
@@ -417,6 +452,8 @@ func (r *run) summarize(found *result) error {
 	s := Summary{
 		Regions: len(Regions), Owned: found.owned, Copies: found.copies, Missing: found.missing, Extra: found.extra, Different: found.different,
 		Deleted: r.deletes.deleted, RefusedBlockers: r.deletes.refused,
+		PolicyAdded: r.moves.added, PolicyRemoved: r.moves.removed, Searches: r.searches,
+		Edited: r.verification.edited, Found: r.verification.found, Repaired: r.verification.repaired, Left: r.verification.left,
 		P50: milliseconds(p50), P99: milliseconds(p99), RowsPerSecond: math.Round(r.perSecond*10) / 10,
 	}
 	if r.cfg.JSON {
@@ -428,12 +465,13 @@ func (r *run) summarize(found *result) error {
 		if !found.equal() {
 			verdict = fmt.Sprintf("%s missing, %s extra, %s different", grouped(s.Missing), grouped(s.Extra), grouped(s.Different))
 		}
-		fmt.Fprintf(r.cfg.Out, "%d regions, %s owned rows, %s copies: %s. %s deleted by a cascade, one deletion refused by %s. Commit to visible: median %.1f ms, 99th percentile %.1f ms. %s copies/s.\n",
-			s.Regions, grouped(s.Owned), grouped(s.Copies), verdict, count(s.Deleted, "row"), count(s.RefusedBlockers, "blocker"), s.P50, s.P99, grouped(int64(s.RowsPerSecond)))
+		fmt.Fprintf(r.cfg.Out, "%d regions, %s owned rows, %s copies: %s. %s deleted by a cascade, one deletion refused by %s. %s moved by a policy and back. %s changed by hand, %s repaired. Commit to visible: median %.1f ms, 99th percentile %.1f ms. %s copies/s.\n",
+			s.Regions, grouped(s.Owned), grouped(s.Copies), verdict, count(s.Deleted, "row"), count(s.RefusedBlockers, "blocker"),
+			count(int(s.PolicyAdded), "row"), count(s.Edited, "row"), grouped(int64(s.Repaired)), s.P50, s.P99, grouped(int64(s.RowsPerSecond)))
 	}
 	switch {
-	case found.equal() && r.cfg.ExitWhenSynced && !r.deletes.done:
-		return fmt.Errorf("%w: nothing was deleted", errTimeout)
+	case found.equal() && r.cfg.ExitWhenSynced && !r.shown:
+		return fmt.Errorf("%w: not all was shown", errTimeout)
 	case found.equal():
 		return nil
 	}

@@ -205,6 +205,7 @@ type synthetic struct {
 	world  *world
 	writes atomic.Int64
 	failed atomic.Int64
+	paused atomic.Bool
 }
 
 // run writes until ctx is done.
@@ -220,6 +221,9 @@ func (s *synthetic) run(ctx context.Context, rate int) {
 				case <-ctx.Done():
 					return nil
 				case <-tick.C:
+				}
+				if s.paused.Load() {
+					continue
 				}
 				in := builtIn[rand.IntN(len(builtIn))]
 				path := fmt.Sprintf("/sections/%s/packages/p%02d", in.section, rand.IntN(builtInPackages))
