@@ -415,14 +415,15 @@ func (s *Store) FinishDeletion(ctx context.Context, name, uuid string, epoch int
 
 // HandledReferrers returns up to limit local references that must be handled because the incarnation uuid of target, at a Deployment or here, is deleted; without uuid
 // those that would have to be. Referrers whose own deletion is pending are left out: something blocks it, and it is tried again by itself.
+// The resources are looked up one by one: a merge of both tables would pass all that the pages before have deleted.
 func (s *Store) HandledReferrers(ctx context.Context, at store.Location, target, uuid string, limit int) ([]store.Incoming, error) {
 	behaviors, incarnation := subscriberBehaviors, "r.uuid = nullif($5, '')::uuid"
 	if at == (store.Location{}) {
 		behaviors = []int32{int32(store.AsyncUnset), int32(store.AsyncCascade)}
 		incarnation = "EXISTS (SELECT FROM resources x WHERE x.name = $1 AND x.uuid = nullif($5, '')::uuid AND x.shadow = 2)"
 	}
-	rows, err := s.pool.Query(ctx, "SELECT "+incomingColumns+` FROM refs r JOIN resources t ON t.name = r.referrer
-		WHERE r.target = $1 AND r.location = $2 AND r.kind <> 2 AND r.behavior = ANY ($3) AND t.state = 0 AND NOT (t.tasks & 8 <> 0 AND r.behavior IN (3, 5)) AND ($5 = '' OR `+incarnation+`) LIMIT $4`,
+	rows, err := s.pool.Query(ctx, "SELECT "+incomingColumns+` FROM refs r, LATERAL (SELECT * FROM resources WHERE name = r.referrer AND state = 0 OFFSET 0) t
+		WHERE r.target = $1 AND r.location = $2 AND r.kind <> 2 AND r.behavior = ANY ($3) AND NOT (t.tasks & 8 <> 0 AND r.behavior IN (3, 5)) AND ($5 = '' OR `+incarnation+`) LIMIT $4`,
 		target, at.String(), behaviors, limit, uuid)
 	if err != nil {
 		return nil, wrap(err, "list referrers of %s", target)
