@@ -169,13 +169,15 @@ func halve(b Batch) (first, second Batch) {
 }
 
 func (s *Store) mergeOnce(ctx context.Context, b Batch) (merged Merged, err error) {
-	err = s.pool.AcquireFunc(ctx, func(pc *pgxpool.Conn) error {
-		if b.Empty && b.Rows > 0 {
-			merged, err = s.copyIn(ctx, pc.Conn(), b)
-		} else {
-			merged, err = s.mergeIn(ctx, pc.Conn(), b)
-		}
-		return err
+	err = reclaim(ctx, func() error {
+		return s.pool.AcquireFunc(ctx, func(pc *pgxpool.Conn) error {
+			if b.Empty && b.Rows > 0 {
+				merged, err = s.copyIn(ctx, pc.Conn(), b)
+			} else {
+				merged, err = s.mergeIn(ctx, pc.Conn(), b)
+			}
+			return err
+		})
 	})
 	if err != nil {
 		return Merged{}, err
@@ -221,18 +223,18 @@ const (
 	saveCursorName = "dbcontroller_save_cursor"
 )
 
+// prepareMerge remembers each statement by itself: after the first one the caller may lose patience, and the connection lives on.
 func prepareMerge(ctx context.Context, pg *pgconn.PgConn) error {
-	if pg.CustomData()[mergeName] != nil {
-		return nil
-	}
-	if _, err := pg.Prepare(ctx, mergeName, mergeSQL, nil); err != nil {
-		return fmt.Errorf("prepare merge: %w", err)
-	}
 	const saveMergedSQL = `SELECT ctl.save_cursor($1, $2, $3, $4::text::int4range, $5, $6) WHERE (SELECT epoch FROM ctl.peer_epoch WHERE service = $1 AND region = $2) = $7::bigint`
-	if _, err := pg.Prepare(ctx, saveCursorName, saveMergedSQL, nil); err != nil {
-		return fmt.Errorf("prepare merge: %w", err)
+	for _, s := range []struct{ name, sql string }{{mergeName, mergeSQL}, {saveCursorName, saveMergedSQL}} {
+		if pg.CustomData()[s.name] != nil {
+			continue
+		}
+		if _, err := pg.Prepare(ctx, s.name, s.sql, nil); err != nil {
+			return fmt.Errorf("prepare merge: %w", err)
+		}
+		pg.CustomData()[s.name] = true
 	}
-	pg.CustomData()[mergeName] = true
 	return nil
 }
 
@@ -432,7 +434,10 @@ func (s *Store) LoadCursor(ctx context.Context, service, region string, shards f
 
 // SaveCursor stores a cursor without rows.
 func (s *Store) SaveCursor(ctx context.Context, service, region string, shards feed.Range, c feed.Cursor) error {
-	_, err := s.pool.Exec(ctx, saveCursorSQL, service, region, s.cfg.Version, shards.String(), c.Epoch, c.Snapshot.String())
+	err := reclaim(ctx, func() error {
+		_, err := s.pool.Exec(ctx, saveCursorSQL, service, region, s.cfg.Version, shards.String(), c.Epoch, c.Snapshot.String())
+		return err
+	})
 	return wrap(err, "save cursor of %s", region)
 }
 
