@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/dbcontroller/db-controller/descriptor"
 )
@@ -23,12 +25,14 @@ type Node interface {
 
 // Kind is one kind of nodes.
 type Kind struct {
-	// Name for logs and errors, for example "syncing".
+	// Name for Leases, metrics, logs and errors, for example "syncing". Lower-case letters, digits and dashes.
 	Name string
 	// Nodes of this kind in this process. Default 1.
 	Nodes int
-	// New returns a node for an API version, without a range. It is called again when a node has failed.
+	// New returns a node for an API version, without a range. It is called when a node is granted shards, and again when it has failed.
 	New func(version string) (Node, error)
+	// Status, if there is any, returns what this process has to say of the kind to others: Status().Kinds[].Members[].Status there.
+	Status func() []byte
 }
 
 // Topology says when the topology is known: registry.Registry. No node does work before.
@@ -43,6 +47,24 @@ type Config struct {
 	Ring    int
 	Version string
 	Kinds   []Kind
+	// Membership defaults to being alone.
+	Membership Membership
+	// Fencer defaults to none, which is right for one process that is alone, and for tests.
+	Fencer Fencer
+	// WithClaim hands the epoch of a node's claim to what writes for it. It is called once for the context of each node's Run, which is
+	// that of its UpdateShardRange too. epoch returns the epoch of now: it changes when the range does, and a write that was refused
+	// under an epoch that is not the one of now is worth another try. Default: the context as it is.
+	WithClaim func(ctx context.Context, epoch func() int64) context.Context
+	// Settle is how long the leader waits for more new members before it gives shards to new ones, so that those that start together move
+	// them once. Default 0.
+	Settle time.Duration
+	// CheckEvery is the time between looks at claims, and at what only time changes. Default 5 s.
+	CheckEvery time.Duration
+	// HandoverTimeout is how long a node may take to change its range before it is stopped and started again, and to stop before the
+	// process gives up. Default 30 s.
+	HandoverTimeout time.Duration
+	// Metrics of the nodes are registered here while Run goes on. Default: nowhere.
+	Metrics prometheus.Registerer
 	// Logger defaults to slog.Default.
 	Logger *slog.Logger
 }
@@ -50,8 +72,14 @@ type Config struct {
 // Manager is the outer manager.
 type Manager struct {
 	cfg      Config
+	metrics  *metrics
 	requests chan request
 	stopped  chan struct{} // closed when Run has returned
+
+	mu      sync.Mutex
+	version string
+	replace chan struct{} // of the request that is being served, closed when it is done
+	crew    *crew         // of the present membership; nil between two
 }
 
 type request struct {
@@ -65,13 +93,28 @@ func New(cfg Config) (*Manager, error) {
 		return nil, fmt.Errorf("node manager: ring %d, version %q: want a topology, a ring of at least one shard and a version", cfg.Ring, cfg.Version)
 	}
 	cfg.Logger = cmp.Or(cfg.Logger, slog.Default())
-	return &Manager{cfg: cfg, requests: make(chan request), stopped: make(chan struct{})}, nil
+	cfg.CheckEvery, cfg.HandoverTimeout = cmp.Or(cfg.CheckEvery, 5*time.Second), cmp.Or(cfg.HandoverTimeout, 30*time.Second)
+	if cfg.Fencer == nil {
+		cfg.Fencer = noFence{}
+	}
+	if cfg.WithClaim == nil {
+		cfg.WithClaim = func(ctx context.Context, _ func() int64) context.Context { return ctx }
+	}
+	if cfg.Membership == nil {
+		alone, err := NewLocal(Timing{})
+		if err != nil {
+			return nil, err
+		}
+		cfg.Membership = alone.Member("alone")
+	}
+	return &Manager{cfg: cfg, version: cfg.Version, metrics: newMetrics(), requests: make(chan request), stopped: make(chan struct{})}, nil
 }
 
 // ErrStopped means that the manager does not run any more.
 var ErrStopped = errors.New("the node manager has stopped")
 
-// Run keeps the nodes going until ctx is done. Being told to stop is no error. It may be called once.
+// Run keeps the nodes going until ctx is done. Being told to stop is no error. A lost membership is none either: all nodes stop, and start
+// again when the process has joined as a new member. ErrNotStopped is one after which the process must end. Run may be called once.
 func (m *Manager) Run(ctx context.Context) error {
 	defer close(m.stopped)
 	if err := m.cfg.Topology.WaitSynced(ctx); err != nil {
@@ -80,30 +123,29 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 		return fmt.Errorf("node manager: %w", err)
 	}
-	version := m.cfg.Version
-	var replaced chan struct{}
+	if m.cfg.Metrics != nil {
+		if err := m.cfg.Metrics.Register(m.metrics); err != nil {
+			return fmt.Errorf("register metrics of nodes: %w", err)
+		}
+		defer m.cfg.Metrics.Unregister(m.metrics)
+	}
 	for ctx.Err() == nil {
-		inner, cancel := context.WithCancel(ctx)
-		var nodes sync.WaitGroup
-		m.start(inner, version, &nodes)
-		if replaced != nil {
-			close(replaced)
-			replaced = nil
+		err := m.cfg.Membership.Run(ctx, m.serve)
+		switch {
+		case errors.Is(err, ErrNotStopped):
+			return fmt.Errorf("node manager: %w", err)
+		case ctx.Err() != nil:
+		case errors.Is(err, ErrLost):
+			m.cfg.Logger.WarnContext(ctx, "all nodes were stopped; joining as a new member", "error", err)
+		case err != nil:
+			return fmt.Errorf("node manager: %w", err)
 		}
-		select {
-		case r := <-m.requests:
-			m.cfg.Logger.InfoContext(ctx, "replacing all nodes", "from_version", version, "to_version", r.version)
-			version, replaced = r.version, r.done
-		case <-ctx.Done():
-		}
-		cancel()
-		nodes.Wait()
 	}
 	return nil
 }
 
 // Replace stops all nodes and then starts those of version. It returns once they are started, with ctx's error if that ends first, or with
-// ErrStopped.
+// ErrStopped. Between two memberships it waits for the next one.
 func (m *Manager) Replace(ctx context.Context, version string) error {
 	r := request{version, make(chan struct{})}
 	select {
@@ -123,53 +165,71 @@ func (m *Manager) Replace(ctx context.Context, version string) error {
 	}
 }
 
-// start is the inner manager: one goroutine for each node of each kind.
-func (m *Manager) start(ctx context.Context, version string, nodes *sync.WaitGroup) {
-	for _, k := range m.cfg.Kinds {
-		for _, shards := range Split(m.cfg.Ring, max(1, k.Nodes)) {
-			nodes.Go(func() { m.keep(ctx, k, version, shards) })
-		}
+// serve is the manager as one member.
+func (m *Manager) serve(ctx context.Context, s Session) error {
+	c := newCrew(m, s)
+	m.mu.Lock()
+	m.crew = c
+	m.mu.Unlock()
+	defer func() {
+		m.mu.Lock()
+		m.crew = nil
+		m.mu.Unlock()
+		m.metrics.reset()
+	}()
+	m.cfg.Logger.InfoContext(ctx, "joined", "member", s.Member())
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return c.listen(ctx) })
+	g.Go(func() error { return c.lead(ctx) })
+	g.Go(func() error { return m.keep(ctx, c) })
+	result := make(chan error, 1)
+	go func() { result <- g.Wait() }()
+	select {
+	case err := <-result:
+		return err
+	case <-s.Lost():
+	}
+	grace := time.NewTimer(s.Grace())
+	defer grace.Stop()
+	select {
+	case err := <-result:
+		return err
+	case <-grace.C:
+		return fmt.Errorf("%w: %w", ErrLost, ErrNotStopped)
 	}
 }
 
-// A node that fails is made anew after a wait between these, doubling and with full jitter.
-const (
-	minRestart = time.Second
-	maxRestart = time.Minute
-)
-
-// keep runs one node until ctx is done, a new one whenever it fails.
-func (m *Manager) keep(ctx context.Context, k Kind, version string, shards descriptor.ShardRange) {
-	for wait := minRestart; ; wait = min(2*wait, maxRestart) {
-		err := runNode(ctx, k, version, shards)
-		if ctx.Err() != nil {
-			if err != nil && !errors.Is(err, context.Canceled) {
-				m.cfg.Logger.WarnContext(ctx, "node did not stop cleanly", "kind", k.Name, "shards", shards.String(), "error", err)
-			}
-			return
+// keep keeps one inner set of nodes going, of one version after the other.
+func (m *Manager) keep(ctx context.Context, c *crew) error {
+	for ctx.Err() == nil {
+		inner, cancel := context.WithCancel(ctx)
+		g, inner := errgroup.WithContext(inner)
+		m.mu.Lock()
+		version, replaced := m.version, m.replace
+		m.replace = nil
+		m.mu.Unlock()
+		for _, w := range c.workers {
+			g.Go(func() error { return w.run(inner, version) })
 		}
-		m.cfg.Logger.ErrorContext(ctx, "node failed; starting it again", "kind", k.Name, "shards", shards.String(), "error", err)
+		if replaced != nil {
+			close(replaced)
+		}
 		select {
-		case <-time.After(rand.N(wait) + time.Millisecond):
-		case <-ctx.Done():
-			return
+		case r := <-m.requests:
+			m.cfg.Logger.InfoContext(ctx, "replacing all nodes", "from_version", version, "to_version", r.version)
+			m.mu.Lock()
+			m.version, m.replace = r.version, r.done
+			m.mu.Unlock()
+		case <-inner.Done():
+		}
+		if ctx.Err() != nil {
+			c.leave()
+		}
+		cancel()
+		if err := g.Wait(); err != nil {
+			return err
 		}
 	}
-}
-
-func runNode(ctx context.Context, k Kind, version string, shards descriptor.ShardRange) error {
-	n, err := k.New(version)
-	if err != nil {
-		return fmt.Errorf("make %s node of %s: %w", k.Name, version, err)
-	}
-	if err := n.UpdateShardRange(ctx, shards); err != nil {
-		return fmt.Errorf("give %s node shards %s: %w", k.Name, shards, err)
-	}
-	if err := n.Run(ctx); err != nil {
-		return fmt.Errorf("run %s node of shards %s: %w", k.Name, shards, err)
-	}
-	if ctx.Err() == nil {
-		return fmt.Errorf("run %s node of shards %s: it returned without being told to", k.Name, shards)
-	}
+	c.left()
 	return nil
 }
