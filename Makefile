@@ -18,7 +18,7 @@ TEST_ARGS ?=
 help: ## Show this text.
 	@awk 'BEGIN {FS = ":.*## "} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+		/^[a-z0-9-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make demo DEMO_ARGS='--latency 80ms --cut ap --for 10s'    make test TEST_ARGS=./store/..."
 
@@ -43,10 +43,19 @@ image: ## Build the container image. IMAGE names it.
 		{ echo "make image: no docker daemon answers; start one, or set DOCKER_HOST" >&2; exit 1; }
 	docker build --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --tag $(IMAGE) .
 
+.PHONY: chart
+chart: ## Lint the Helm charts with all their examples, and package them into bin/charts.
+	@mkdir -p bin/charts
+	@hack/chart.sh package bin/charts
+
+.PHONY: e2e-kind
+e2e-kind: ## Try it in Kubernetes: two regions in a kind cluster. Needs docker, kind, kubectl, helm.
+	@hack/e2e-kind.sh
+
 ##@ Develop
 
 .PHONY: deps
-deps: ## Install what demo and tests need: PostgreSQL, Redis (Debian packages, test builds).
+deps: ## Install what demo and tests need: PostgreSQL, Redis, Prometheus (Debian packages, test builds).
 	@hack/deps.sh demo
 	@hack/deps.sh test
 
@@ -72,6 +81,19 @@ lint: verify-generate ## Check style, dependency direction, contracts and genera
 bench: ## Measure against PostgreSQL's logical replication. BENCH picks one.
 	@hack/deps.sh demo
 	@go run ./test/bench $(BENCH)
+
+.PHONY: sbom
+sbom: build ## Write the bill of materials of the binary (CycloneDX) to bin/db-controller.cdx.json.
+	@go run ./hack/sbom bin/db-controller > bin/db-controller.cdx.json
+	@echo bin/db-controller.cdx.json
+
+.PHONY: vuln
+vuln: ## Look for known vulnerabilities that the code reaches. Needs https://vuln.go.dev or GOVULNDB.
+	@hack/vuln.sh
+
+.PHONY: reproducible
+reproducible: ## Build the binary twice, in two folders and with two caches, and compare the bytes.
+	@VERSION=$(VERSION) hack/reproducible.sh
 
 .PHONY: generate
 generate: ## Write the generated files (deep copies, CRDs, RBAC, protobuf).

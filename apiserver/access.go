@@ -1,10 +1,12 @@
 package apiserver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -80,6 +82,8 @@ type request struct {
 	forwardedBy string
 	// minVersion is what the caller has seen, an etag.
 	minVersion string
+	// body of the request, which is counted.
+	body *countedBody
 	// connection sets deadlines of the connection or stream below the call.
 	connection *http.ResponseController
 }
@@ -105,6 +109,13 @@ func (s *Server) admit(next http.Handler) http.Handler {
 			}
 			req.caller = id
 		}
+		body, ok := s.charge(r, req.caller)
+		if !ok {
+			s.refuse(w, r, errTooMuch())
+			return
+		}
+		defer body.release()
+		req.body = body
 		// HTTP/1.1 keeps deadlines of the connection from one request to the next, so both are always set.
 		_ = req.connection.SetReadDeadline(time.Now().Add(s.cfg.RequestTimeout))
 		_ = req.connection.SetWriteDeadline(time.Now().Add(s.cfg.RequestTimeout + s.cfg.SendTimeout))
@@ -161,7 +172,7 @@ func (s *Server) call(ctx context.Context, procedure string, stream bool, next f
 	start := time.Now()
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			err = fmt.Errorf("panic: %s\n%s", panicked(p), debug.Stack())
 		}
 		err = s.status(ctx, procedure, err)
 		s.metrics.observe(procedure, stream, err, time.Since(start))
@@ -191,11 +202,33 @@ func (s *Server) call(ctx context.Context, procedure string, stream bool, next f
 	return err
 }
 
+// panicked describes what was thrown. What is no fault that the runtime found may have the content of rows in its text, and is only named: the stack tells the line.
+func panicked(p any) string {
+	if fault, ok := p.(runtime.Error); ok {
+		return fault.Error()
+	}
+	return fmt.Sprintf("%T", p)
+}
+
+// refuse answers a call before its message is read, in the caller's protocol.
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	_, rpc := rules[r.URL.Path]
+	if !rpc {
+		s.metrics.observe(cmp.Or(s.endpoint(r).procedure, "unknown"), true, err, 0)
+		writeError(w, err)
+		return
+	}
+	s.metrics.observe(r.URL.Path, true, err, 0)
+	_ = s.errors.Write(w, r, err) // the caller hears of it, or has gone
+}
+
 var errStopping = errors.New("this server is stopping: resume with another")
 
 // within runs one send of a stream, which fails if the reader takes nothing for SendTimeout.
 func (s *Server) within(ctx context.Context, send func() error) error {
-	connection := requestOf(ctx).connection
+	r := requestOf(ctx)
+	r.body.consumed()
+	connection := r.connection
 	_ = connection.SetWriteDeadline(time.Now().Add(s.cfg.SendTimeout))
 	err := send()
 	_ = connection.SetWriteDeadline(time.Time{}) // else an idle stream would be cut

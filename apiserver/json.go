@@ -15,6 +15,7 @@ import (
 
 	dbcontrollerv1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
 	"github.com/dbcontroller/db-controller/descriptor"
+	"github.com/dbcontroller/db-controller/store"
 )
 
 // In REST a resource is one flat object: name, etag and metadata, and beside them the fields of its body. The body's bytes are copied,
@@ -213,6 +214,9 @@ func parseBatch(data []byte) (*dbcontrollerv1.BatchWriteRequest, error) {
 		if err := json.Unmarshal(f.value, &items); err != nil {
 			return nil, invalid("writes", "is a list: %s", plainError(err))
 		}
+	}
+	if len(items) > store.MaxBatch {
+		return nil, invalid("writes", "has %d entries, want 1 to %d", len(items), store.MaxBatch)
 	}
 	req := &dbcontrollerv1.BatchWriteRequest{}
 	for i, item := range items {

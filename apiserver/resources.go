@@ -48,7 +48,7 @@ func (s *Server) batchGet(ctx context.Context, req *dbcontrollerv1.BatchGetReque
 			return nil, err
 		}
 	}
-	found, err := s.cfg.Store.BatchGet(ctx, names)
+	found, err := s.read(ctx, "names", names)
 	if err != nil {
 		return nil, err
 	}
@@ -60,6 +60,39 @@ func (s *Server) batchGet(ctx context.Context, req *dbcontrollerv1.BatchGetReque
 		res.Resources = append(res.Resources, resourceOf(r))
 	}
 	return res, nil
+}
+
+// readBytes bounds the bodies of one answer.
+const readBytes = 64 << 20
+
+// read is BatchGet, in parts that are sure to fit, for an answer whose size is bounded. field is what the caller has to make smaller.
+func (s *Server) read(ctx context.Context, field string, names []string) (all []*store.Resource, err error) {
+	v, err := s.version()
+	if err != nil {
+		return nil, err
+	}
+	chunk := len(names)
+	for _, n := range names {
+		if p, err := v.ParseName(n); err == nil {
+			chunk = min(chunk, readBytes/p.Type.MaxBodyBytes)
+		}
+	}
+	size := 0
+	for part := range slices.Chunk(names, max(chunk, 1)) {
+		found, err := s.cfg.Store.BatchGet(ctx, part)
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range found {
+			if r != nil {
+				size += len(r.Body)
+			}
+		}
+		if all = append(all, found...); size > readBytes {
+			return nil, invalid(field, "would answer with more than %d MiB: ask for fewer", readBytes>>20)
+		}
+	}
+	return all, nil
 }
 
 func (s *Server) list(ctx context.Context, req *dbcontrollerv1.ListRequest) (*dbcontrollerv1.ListResponse, error) {

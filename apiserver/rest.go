@@ -193,7 +193,13 @@ func (s *Server) body(x *exchange) ([]byte, error) {
 		return nil, invalid("body", "is larger than %d bytes", s.cfg.MaxMessageBytes)
 	}
 	if err != nil {
+		if refused, ok := errors.AsType[*connect.Error](err); ok {
+			return nil, refused
+		}
 		return nil, fail(connect.CodeCanceled, "INCOMPLETE_REQUEST", nil, nil, "the body did not arrive whole")
+	}
+	if elementsOfJSON(data) > maxElements {
+		return nil, invalid("body", "%v", errTooManyElements)
 	}
 	return data, nil
 }

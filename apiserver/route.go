@@ -119,7 +119,7 @@ func (p *peers) client(s *Server, d registry.Deployment) dbcontrollerv1connect.R
 		endpoint:    d.Endpoint,
 		trustDomain: d.TrustDomain,
 		transport:   transport,
-		resources:   dbcontrollerv1connect.NewResourcesClient(&http.Client{Transport: transport}, strings.TrimSuffix(d.Endpoint, "/")),
+		resources:   dbcontrollerv1connect.NewResourcesClient(pki.Client(transport), strings.TrimSuffix(d.Endpoint, "/")),
 	}
 	if p.clients == nil {
 		p.clients = map[string]peerClient{}

@@ -55,7 +55,7 @@ func (s *Server) search(ctx context.Context, req *dbcontrollerv1.SearchRequest) 
 	for i, h := range found.Hits {
 		names[i] = h.Name
 	}
-	rows, err := s.cfg.Store.BatchGet(ctx, names)
+	rows, err := s.read(ctx, "page_size", names)
 	if err != nil {
 		return nil, err
 	}

@@ -71,6 +71,8 @@ type Config struct {
 	SendTimeout time.Duration
 	// StopTimeout is how long calls in flight may take after Run was told to stop. Default 10 s.
 	StopTimeout time.Duration
+	// MaxBytesInFlight bounds the bytes of requests that are being answered; one caller has at most a quarter. Default 256 MiB.
+	MaxBytesInFlight int64
 	// MaxWatches bounds the watches that are open at once. Default 1000.
 	MaxWatches int
 	// MaxPeerStreams bounds the feed streams that one region has open at once. Default 64.
@@ -96,6 +98,7 @@ func (c *Config) complete() error {
 	c.RequestTimeout = cmp.Or(c.RequestTimeout, 30*time.Second)
 	c.SendTimeout = cmp.Or(c.SendTimeout, time.Minute)
 	c.StopTimeout = cmp.Or(c.StopTimeout, 10*time.Second)
+	c.MaxBytesInFlight = cmp.Or(c.MaxBytesInFlight, 256<<20)
 	c.MaxWatches = cmp.Or(c.MaxWatches, 1000)
 	c.MaxPeerStreams = cmp.Or(c.MaxPeerStreams, 64)
 	if c.Logger == nil {
@@ -111,6 +114,8 @@ type Server struct {
 	metrics *metrics
 	peers   peers
 	watches *semaphore.Weighted
+	budget  *budget
+	errors  *connect.ErrorWriter
 
 	streams struct { // open feed streams by region
 		sync.Mutex
@@ -132,7 +137,8 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("register metrics of the API server: %w", err)
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger, metrics: m, watches: semaphore.NewWeighted(int64(cfg.MaxWatches))}
+	s := &Server{cfg: cfg, log: cfg.Logger, metrics: m, watches: semaphore.NewWeighted(int64(cfg.MaxWatches)),
+		budget: newBudget(cfg.MaxBytesInFlight), errors: connect.NewErrorWriter()}
 	s.streams.open = map[string]int{}
 	s.draining, s.drain = context.WithCancel(context.Background())
 	return s, nil
@@ -143,6 +149,7 @@ func (s *Server) handler() http.Handler {
 	options := []connect.HandlerOption{
 		connect.WithInterceptors(interceptor{s}),
 		connect.WithReadMaxBytes(s.cfg.MaxMessageBytes),
+		codecs(s.cfg.MaxMessageBytes),
 	}
 	mux := http.NewServeMux()
 	mux.Handle(dbcontrollerv1connect.NewResourcesHandler(resourcesService{s}, options...))
@@ -174,6 +181,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		MaxHeaderBytes:    64 << 10,
 		// Refused handshakes and broken connections are the business of those who caused them.
 		ErrorLog:  slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnState: s.connState,
 		Protocols: new(http.Protocols),
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: 1000,
@@ -212,6 +220,16 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	_ = srv.Close() // what is left has had its time
 	s.calls.Wait()
 	return err
+}
+
+// connState counts handshakes that failed.
+func (s *Server) connState(c net.Conn, state http.ConnState) {
+	if state != http.StateClosed || s.draining.Err() != nil {
+		return
+	}
+	if reason := pki.HandshakeRefusal(c); reason != "" {
+		s.metrics.refused.WithLabelValues(reason).Inc()
+	}
 }
 
 func loopback(a net.Addr) bool {

@@ -17,9 +17,9 @@ import (
 
 // Verifier compares the copies of this Deployment with their owners, for operators. Its errors are of package store where a user can do something about them.
 type Verifier interface {
-	// Peers are the other regions of the service.
+	// Peers are the other regions of the service and, if there is one, the own search store (verify.SearchPeer).
 	Peers() []string
-	// Verify runs a pass over the copies of a peer, or goes on with one, as verify.Run.
+	// Verify runs a pass over the copies of a peer or the search store, or goes on with one, as verify.Run.
 	Verify(ctx context.Context, peer string, opt verify.Options, from verify.State, report func(verify.Progress) error) (verify.State, error)
 	// Verified lists up to when copies are verified.
 	Verified(ctx context.Context) ([]postgres.Verified, error)

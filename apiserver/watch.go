@@ -274,12 +274,17 @@ func (w *watcher) matching(ctx context.Context, names []string) (map[string]*sto
 			filter += " OR " + nameIs(names[n])
 			n++
 		}
-		page, err := w.s.cfg.Store.List(ctx, store.Query{Type: w.selection.Type, Filter: filter + ")", PageSize: n})
-		if err != nil {
-			return nil, err
-		}
-		for _, r := range page.Resources {
-			found[r.Name] = r
+		for q := (store.Query{Type: w.selection.Type, Filter: filter + ")", PageSize: n}); ; {
+			page, err := w.s.cfg.Store.List(ctx, q)
+			if err != nil {
+				return nil, err
+			}
+			for _, r := range page.Resources {
+				found[r.Name] = r
+			}
+			if q.PageToken = page.NextPageToken; q.PageToken == "" {
+				break
+			}
 		}
 		names = names[n:]
 	}

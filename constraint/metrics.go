@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,9 +18,10 @@ type metrics struct {
 	pending   func() []pendingJob
 	blockades func() int
 
-	dangling prometheus.Gauge
-	handled  *prometheus.CounterVec
-	retries  *prometheus.CounterVec
+	dangling  prometheus.Gauge
+	danglings atomic.Int64 // the same number, for Health
+	handled   *prometheus.CounterVec
+	retries   *prometheus.CounterVec
 }
 
 // pendingJob is a job for the metrics.
@@ -54,11 +56,11 @@ const (
 
 var (
 	pendingDesc = prometheus.NewDesc("dbcontroller_reference_pending_tasks", "Work on references that is not done, as far as this process has read it: at most the size of its queue of each kind.", []string{"kind"}, nil)
-	oldestDesc  = prometheus.NewDesc("dbcontroller_reference_oldest_seconds", "Age of the oldest work on references that is not done; 0 without any.", []string{"kind"}, nil)
+	oldestDesc  = prometheus.NewDesc("dbcontroller_reference_oldest_seconds", "Age in seconds of the oldest work on references that is not done; 0 without any.", []string{"kind"}, nil)
 	heldDesc    = prometheus.NewDesc("dbcontroller_reference_blockades", "Tentative blockades held: writes elsewhere that may refer to resources here, and are not known to have ended.", nil, nil)
 	expiredDesc = prometheus.NewDesc("dbcontroller_reference_expired_blockades", "Tentative blockades that have expired and whose Deployment has not answered yet.", nil, nil)
 	cascadeDesc = prometheus.NewDesc("dbcontroller_cascade_pending_rows", "Deleted resources of which others must still be told.", nil, nil)
-	deletedDesc = prometheus.NewDesc("dbcontroller_cascade_oldest_seconds", "Age of the oldest deletion of which others must still be told; 0 without any.", nil, nil)
+	deletedDesc = prometheus.NewDesc("dbcontroller_cascade_oldest_seconds", "Age in seconds of the oldest deletion of which others must still be told; 0 without any.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
@@ -138,7 +140,7 @@ func newLayerMetrics(r prometheus.Registerer, self store.Location) layerMetrics 
 		blocked: with.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_deletes_blocked_total", Help: "Deletions that were refused, by the reason.",
 			ConstLabels: prometheus.Labels{"db_service": self.Service, "target_region": self.Region}}, []string{"reason"}),
 		establish: with.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "dbcontroller_establish_duration_seconds", Help: "Calls that establish new references at the Deployment of their targets, within a save.",
+			Name: "dbcontroller_establish_duration_seconds", Help: "Seconds that calls took which establish new references at the Deployment of their targets, within a save.",
 			ConstLabels: prometheus.Labels{"db_service": self.Service, "source_region": self.Region},
 			Buckets:     prometheus.ExponentialBuckets(0.001, 2, 14), NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}, []string{"target_service", "target_region", "outcome"}),

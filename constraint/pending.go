@@ -95,6 +95,7 @@ func (s *session) confirmAt(ctx context.Context, at store.Location, refs []store
 // dangling reports what must never be: a committed reference to nothing. Nothing here can mend it.
 func (s *session) dangling(ctx context.Context, at store.Location, r store.Confirmed) {
 	s.metrics.dangling.Inc()
+	s.metrics.danglings.Add(1)
 	s.log.ErrorContext(ctx, "a committed reference points to a resource that does not exist", "name", r.Referrer, "target", r.Name, "peer", at.String())
 }
 

@@ -25,6 +25,10 @@ type observation struct {
 	serving     Serving
 	peers       []v1alpha1.PeerStatus // of every other region of the service that is in use, in order
 	grace       time.Duration         // after which a silent peer is unreachable
+	overdue     time.Duration         // after which work on references is overdue
+	now         time.Time
+	closing     bool     // it is deleted, and its data is about to be dropped
+	cleanup     *verdict // why a deletion waits; nil when none does
 }
 
 // verdict is a condition without its bookkeeping.
@@ -48,7 +52,10 @@ func unknown(reason, format string, args ...any) verdict {
 
 // conditions judges the observation: every condition type of a Deployment gets a verdict.
 func (o observation) conditions() map[string]verdict {
-	if o.problem != nil {
+	switch {
+	case o.closing:
+		return o.leaving()
+	case o.problem != nil:
 		return o.refused()
 	}
 	c := map[string]verdict{
@@ -58,22 +65,53 @@ func (o observation) conditions() map[string]verdict {
 		v1alpha1.ConditionPeersReachable:      o.peersReachable(),
 		v1alpha1.ConditionInitialSyncComplete: o.initialSyncComplete(),
 		v1alpha1.ConditionCaughtUp:            o.caughtUp(),
-		v1alpha1.ConditionDegraded:            no(v1alpha1.ReasonAvailable, "no row is in quarantine"),
+		v1alpha1.ConditionReferencesHealthy:   o.referencesHealthy(),
+		v1alpha1.ConditionSearchInSync:        o.searchInSync(),
+		v1alpha1.ConditionVerified:            o.verified(),
+		v1alpha1.ConditionDegraded:            no(v1alpha1.ReasonAvailable, "no row is in quarantine, and nothing that is configured is missing"),
+	}
+	if v := c[v1alpha1.ConditionCredentialsValid]; v.status == metav1.ConditionFalse && o.optional() {
+		c[v1alpha1.ConditionDegraded] = yes(v.reason, "%s", v.message)
 	}
 	if n := o.serving.QuarantinedRows; n > 0 {
 		c[v1alpha1.ConditionDegraded] = yes(v1alpha1.ReasonQuarantine, "%d rows could not be applied and are in quarantine", n)
 	}
 	c[v1alpha1.ConditionStalled] = o.stalled(c)
 	c[v1alpha1.ConditionReady] = o.ready(c)
-	c[v1alpha1.ConditionReconciling] = o.reconciling(c)
+	c[v1alpha1.ConditionProgressing] = o.progressing(c)
+	c[v1alpha1.ConditionReconciling] = c[v1alpha1.ConditionProgressing]
+	if o.cleanup != nil {
+		c[v1alpha1.ConditionCleanupBlocked] = *o.cleanup
+	}
+	return c
+}
+
+// details are the conditions that say nothing of an object that is not in force.
+var details = []string{v1alpha1.ConditionCredentialsValid, v1alpha1.ConditionSuspended, v1alpha1.ConditionPeersReachable, v1alpha1.ConditionInitialSyncComplete,
+	v1alpha1.ConditionCaughtUp, v1alpha1.ConditionReferencesHealthy, v1alpha1.ConditionSearchInSync, v1alpha1.ConditionVerified, v1alpha1.ConditionDegraded}
+
+// leaving is the verdict on an object whose data is about to be dropped: nothing serves it any more.
+func (o observation) leaving() map[string]verdict {
+	c := map[string]verdict{
+		v1alpha1.ConditionConflict:    no(v1alpha1.ReasonUnique, "no other object declares %s", o.deployment.Key),
+		v1alpha1.ConditionReady:       no(v1alpha1.ReasonDeleting, "this Deployment is deleted and its data is about to be dropped"),
+		v1alpha1.ConditionStalled:     no(v1alpha1.ReasonDeleting, "nothing needs a person"),
+		v1alpha1.ConditionProgressing: yes(v1alpha1.ReasonDeleting, "the data is about to be dropped"),
+	}
+	c[v1alpha1.ConditionReconciling] = c[v1alpha1.ConditionProgressing]
+	for _, t := range details {
+		c[t] = unknown(v1alpha1.ReasonDeleting, "this object is not in force any more")
+	}
+	if o.cleanup != nil {
+		c[v1alpha1.ConditionCleanupBlocked] = *o.cleanup
+	}
 	return c
 }
 
 // refused is the verdict on an object that is not part of the topology: nothing happens for it until someone changes something.
 func (o observation) refused() map[string]verdict {
 	c := map[string]verdict{}
-	for _, t := range []string{v1alpha1.ConditionCredentialsValid, v1alpha1.ConditionSuspended, v1alpha1.ConditionPeersReachable,
-		v1alpha1.ConditionInitialSyncComplete, v1alpha1.ConditionCaughtUp, v1alpha1.ConditionDegraded} {
+	for _, t := range details {
 		c[t] = unknown(v1alpha1.ReasonPending, "this object is not in force")
 	}
 	reason := v1alpha1.ReasonInvalid
@@ -84,7 +122,8 @@ func (o observation) refused() map[string]verdict {
 	}
 	c[v1alpha1.ConditionReady] = no(reason, "%s", o.problem.Message)
 	c[v1alpha1.ConditionStalled] = yes(reason, "%s", o.problem.Message)
-	c[v1alpha1.ConditionReconciling] = no(reason, "nothing is done for an object that is not in force")
+	c[v1alpha1.ConditionProgressing] = no(reason, "nothing is done for an object that is not in force")
+	c[v1alpha1.ConditionReconciling] = c[v1alpha1.ConditionProgressing]
 	return c
 }
 
@@ -100,6 +139,9 @@ func (o observation) credentialsValid() verdict {
 		return unknown(v1alpha1.ReasonPending, "%v", err)
 	}
 }
+
+// optional reports whether the Deployment works without the credentials that are at fault.
+func (o observation) optional() bool { return errors.As(o.credentials, new(optionalError)) }
 
 func (o observation) suspended() verdict {
 	switch d := o.deployment; {
@@ -183,6 +225,85 @@ func (o observation) caughtUp() verdict {
 	return no(v1alpha1.ReasonLagging, "%s are copied later than %s", list(behind), o.deployment.LagObjective)
 }
 
+func (o observation) referencesHealthy() verdict {
+	r := o.serving.References
+	switch {
+	case r == nil:
+		return unknown(v1alpha1.ReasonPending, "nothing works on references here yet")
+	case r.Dangling > 0:
+		return no(v1alpha1.ReasonDangling, "%d committed references were found to point to nothing: the log names them", r.Dangling)
+	case r.Oldest <= o.overdue:
+		return yes(v1alpha1.ReasonHealthy, "no reference is known to dangle, and no work on references is older than %s", o.overdue)
+	case len(r.Unreachable) > 0: // what waits for others is not our failure
+		return unknown(v1alpha1.ReasonPeerUnreachable, "work on references waits for %s", list(r.Unreachable))
+	}
+	return no(v1alpha1.ReasonOverdue, "work on references (%s) is not done for more than %s", r.OldestKind, o.overdue)
+}
+
+func (o observation) searchInSync() verdict {
+	objective, s := o.deployment.LagObjective, o.serving.Search
+	switch {
+	case o.deployment.Search.Name == "":
+		return yes(v1alpha1.ReasonNotConfigured, "spec.search is not set: there is no search")
+	case s == nil:
+		return unknown(v1alpha1.ReasonPending, "nothing fills the search store here yet")
+	case s.Mismatched > 0:
+		return no(v1alpha1.ReasonDiffers, "%d documents were not those of their rows when they were last verified", s.Mismatched)
+	case s.Freshness == nil:
+		return no(v1alpha1.ReasonSyncing, "the search store is not filled, or does not answer")
+	case objective > 0 && s.Freshness.Duration > objective:
+		return no(v1alpha1.ReasonLagging, "the search store follows later than %s", objective)
+	}
+	return yes(v1alpha1.ReasonInSync, "the search store follows within %s", objective)
+}
+
+func (o observation) verified() verdict {
+	if len(o.peers) == 0 {
+		return yes(v1alpha1.ReasonNoPeers, "no other region has this service")
+	}
+	var differ, missing, stale, silent []string
+	for _, p := range o.peers {
+		switch v, ok := o.serving.Verified[p.Region]; {
+		case ok && v.Mismatched > 0:
+			differ = append(differ, fmt.Sprintf("%s (%d)", p.Region, v.Mismatched))
+		case ok && o.now.Sub(v.Finished) <= o.serving.VerifyStale:
+		case o.unreachable(p):
+			silent = append(silent, p.Region)
+		case !ok:
+			missing = append(missing, p.Region)
+		default:
+			stale = append(stale, p.Region)
+		}
+	}
+	switch {
+	case len(differ) > 0:
+		return no(v1alpha1.ReasonDiffers, "copies that are not what their owners have were found in the last pass: %s", list(differ))
+	case len(silent) > 0:
+		return unknown(v1alpha1.ReasonPeerUnreachable, "%s do not answer, so their copies cannot be verified", list(silent))
+	case o.serving.VerifyStale <= 0 && len(missing)+len(stale) > 0:
+		return unknown(v1alpha1.ReasonNotConfigured, "copies are not verified by themselves: declare a Verification")
+	case len(missing) > 0:
+		return unknown(v1alpha1.ReasonPending, "the copies of %s are not verified yet", list(missing))
+	case len(stale) > 0:
+		return unknown(v1alpha1.ReasonStale, "the copies of %s were verified more than %s ago", list(stale), o.serving.VerifyStale)
+	}
+	return yes(v1alpha1.ReasonEqual, "the copies of %s are what their owners have", list(o.regions(all)))
+}
+
+// verifiedThrough returns up to when the copies of all peers are verified; zero while those of one are not.
+func (o observation) verifiedThrough() (through time.Time) {
+	for i, p := range o.peers {
+		t := o.serving.Verified[p.Region].Through
+		if t.IsZero() {
+			return t
+		}
+		if i == 0 || t.Before(through) {
+			through = t
+		}
+	}
+	return through
+}
+
 // stalled: what only a person can change.
 func (o observation) stalled(c map[string]verdict) verdict {
 	switch credentials := c[v1alpha1.ConditionCredentialsValid]; {
@@ -190,7 +311,7 @@ func (o observation) stalled(c map[string]verdict) verdict {
 		return yes(v1alpha1.ReasonDescriptorNotFound, "no ServiceDescriptor in force declares %s", o.deployment.Service)
 	case o.service.Version(o.deployment.Version) == nil:
 		return yes(v1alpha1.ReasonDescriptorNotFound, "spec.version: the ServiceDescriptor of %s has no version %s", o.deployment.Service, o.deployment.Version)
-	case credentials.status == metav1.ConditionFalse:
+	case credentials.status == metav1.ConditionFalse && !o.optional():
 		return yes(credentials.reason, "%s", credentials.message)
 	}
 	return no(v1alpha1.ReasonAvailable, "nothing needs a person")
@@ -217,8 +338,8 @@ func (o observation) ready(c map[string]verdict) verdict {
 	return yes(v1alpha1.ReasonAvailable, "serving %s; %s", o.serving.Version, c[v1alpha1.ConditionCaughtUp].message)
 }
 
-// reconciling: a change of the spec is being carried out, and will be without anybody's help.
-func (o observation) reconciling(c map[string]verdict) verdict {
+// progressing: a change of the spec is being carried out, and will be without anybody's help.
+func (o observation) progressing(c map[string]verdict) verdict {
 	switch {
 	case c[v1alpha1.ConditionStalled].status == metav1.ConditionTrue || o.deployment.Disabled:
 		return no(c[v1alpha1.ConditionReady].reason, "nothing is being done")
@@ -237,8 +358,12 @@ func list(regions []string) string { return strings.Join(regions, ", ") }
 // maxMessage is the API's limit of a condition's message.
 const maxMessage = 32768
 
-// setConditions writes verdicts into a list of conditions, which keeps the times of those that did not change.
+// setConditions makes verdicts the whole list of conditions, which keeps the times of those that did not change.
 func setConditions(conditions *[]metav1.Condition, verdicts map[string]verdict, generation int64) {
+	*conditions = slices.DeleteFunc(*conditions, func(c metav1.Condition) bool {
+		_, judged := verdicts[c.Type]
+		return !judged
+	})
 	for t, v := range verdicts {
 		if len(v.message) > maxMessage {
 			v.message = strings.ToValidUTF8(v.message[:maxMessage-4], "") + " ..."
@@ -271,6 +396,10 @@ var transitions = []struct {
 	{v1alpha1.ConditionInitialSyncComplete, "", metav1.ConditionTrue, v1alpha1.ReasonInSync, "InitialSyncCompleted", corev1.EventTypeNormal},
 	{v1alpha1.ConditionCaughtUp, "", metav1.ConditionFalse, v1alpha1.ReasonLagging, "LagObjectiveMissed", corev1.EventTypeWarning},
 	{v1alpha1.ConditionDegraded, "", metav1.ConditionTrue, "", "RowQuarantined", corev1.EventTypeWarning},
+	{v1alpha1.ConditionReferencesHealthy, "", metav1.ConditionFalse, "", "ReferencesUnhealthy", corev1.EventTypeWarning},
+	{v1alpha1.ConditionSearchInSync, "", metav1.ConditionFalse, v1alpha1.ReasonLagging, "SearchLagging", corev1.EventTypeWarning},
+	{v1alpha1.ConditionVerified, "", metav1.ConditionFalse, "", "VerificationMismatch", corev1.EventTypeWarning},
+	{v1alpha1.ConditionCleanupBlocked, "", metav1.ConditionTrue, "", "CleanupBlocked", corev1.EventTypeWarning},
 	{v1alpha1.ConditionSuspended, "", metav1.ConditionTrue, "", "Suspended", corev1.EventTypeNormal},
 	{v1alpha1.ConditionSuspended, metav1.ConditionTrue, metav1.ConditionFalse, "", "Resumed", corev1.EventTypeNormal},
 }
@@ -291,5 +420,25 @@ func eventsOf(before, after []metav1.Condition) []event {
 			events = append(events, event{t.kind, t.event, now.Message})
 		}
 	}
+	return events
+}
+
+// happenings returns what has happened between two looks at what is served. Counts that go down are those of another process.
+func happenings(before, after Serving) []event {
+	var events []event
+	happened := func(is bool, kind, reason, format string, args ...any) {
+		if is {
+			events = append(events, event{kind, reason, fmt.Sprintf(format, args...)})
+		}
+	}
+	if was, is := before.References, after.References; was != nil && is != nil {
+		happened(was.Cascading == 0 && is.Cascading > 0, corev1.EventTypeNormal, "CascadeStarted", "%d deleted resources have others that must be told", is.Cascading)
+		happened(was.Cascading > 0 && is.Cascading == 0, corev1.EventTypeNormal, "CascadeCompleted", "all who had to be told of deleted resources have been")
+		happened(was.Refused == 0 && is.Refused > 0, corev1.EventTypeWarning, "CascadeBlocked",
+			"%d deletions wait because something refers to the resources; they are tried again", is.Refused)
+	}
+	happened(after.ShardMoves > before.ShardMoves, corev1.EventTypeNormal, "ShardMoved", "shards have moved between nodes; %d are served", after.OwnedShards)
+	happened(after.FencedWrites > before.FencedWrites, corev1.EventTypeWarning, "StaleOwnerFenced",
+		"%d writes of a node that no longer owns its shards were refused", after.FencedWrites-before.FencedWrites)
 	return events
 }

@@ -2,6 +2,7 @@ package controllers_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
@@ -27,6 +29,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/config"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/dbcontroller/db-controller/api/v1alpha1"
@@ -44,6 +47,14 @@ type namespace struct {
 	user     *rest.Config
 	status   *statuses
 	verifier *verifier
+
+	cleaner     *cleaner
+	cleanupWait time.Duration
+	interval    time.Duration // of the status; default 50 ms
+	watched     []string      // other namespaces
+
+	mgr     manager.Manager     // of the last Start
+	options controllers.Options // likewise
 }
 
 func newNamespace(ctx context.Context) *namespace {
@@ -112,6 +123,14 @@ func (n *namespace) put(ctx context.Context, o registrytest.Object) error {
 	return admin.Update(ctx, wanted)
 }
 
+// bind gives the manager of another namespace the namespaced rights here, too.
+func (n *namespace) bind(ctx context.Context, manager *namespace) {
+	GinkgoHelper()
+	Expect(admin.Create(ctx, &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: manager.name},
+		Subjects: []rbacv1.Subject{{Kind: "User", APIGroup: rbacv1.GroupName, Name: "manager-of-" + manager.name}},
+		RoleRef:  rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "db-controller"}})).To(Succeed())
+}
+
 // conflicts with a status patch of the controllers are those of any client: read again.
 func (n *namespace) Put(ctx context.Context, o registrytest.Object) {
 	GinkgoHelper()
@@ -136,19 +155,27 @@ func (n *namespace) Delete(ctx context.Context, o registrytest.Object) {
 
 func (n *namespace) Start(context.Context) (*registry.Registry, registry.Secrets, func()) {
 	GinkgoHelper()
+	namespaces := map[string]cache.Config{}
+	for _, name := range append(n.watched, n.name) {
+		namespaces[name] = cache.Config{}
+	}
 	mgr, err := ctrl.NewManager(n.user, ctrl.Options{
 		Scheme:     scheme,
 		Metrics:    metricsserver.Options{BindAddress: "0"},
-		Cache:      cache.Options{DefaultNamespaces: map[string]cache.Config{n.name: {}}},
+		Cache:      cache.Options{DefaultNamespaces: namespaces},
 		Controller: config.Controller{SkipNameValidation: new(true)}, // each spec has a manager of its own
 	})
 	Expect(err).NotTo(HaveOccurred())
 	reg := registry.New()
-	options := controllers.Options{Region: "eu", Registry: reg, Status: n.status, StatusInterval: 50 * time.Millisecond}
+	options := controllers.Options{Region: "eu", Registry: reg, Status: n.status, StatusInterval: cmp.Or(n.interval, 50*time.Millisecond)}
 	if n.verifier != nil {
 		options.Verifier = n.verifier
 	}
+	if n.cleaner != nil {
+		options.Cleaner, options.CleanupWait = n.cleaner, n.cleanupWait
+	}
 	Expect(controllers.Add(mgr, options)).To(Succeed())
+	n.mgr, n.options = mgr, options
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- mgr.Start(ctx) }()
@@ -158,6 +185,24 @@ func (n *namespace) Start(context.Context) (*registry.Registry, registry.Secrets
 	})
 	DeferCleanup(stop)
 	return reg, controllers.NewSecrets(mgr.GetAPIReader()), stop
+}
+
+// replay shows the controller an object as a cache that is behind might.
+func (n *namespace) replay(ctx context.Context, d *v1alpha1.Deployment) error {
+	return controllers.Replay(ctx, n.mgr, n.options, d.DeepCopy())
+}
+
+// happened returns the events of the namespace.
+func (n *namespace) happened(ctx context.Context) func() []string {
+	return func() []string {
+		var list eventsv1.EventList
+		Expect(admin.List(ctx, &list, client.InNamespace(n.name))).To(Succeed())
+		var reasons []string
+		for _, e := range list.Items {
+			reasons = append(reasons, e.Regarding.Name+" "+e.Reason)
+		}
+		return reasons
+	}
 }
 
 // statuses stands for the store and the syncers, which are not what is tested here.
@@ -216,17 +261,6 @@ var _ = Describe("the status of", func() {
 		GinkgoHelper()
 		Eventually(f, registrytest.Patience).Should(And(HavePrefix(prefix), ContainSubstring(text)))
 	}
-	happened := func(ctx context.Context) func() []string {
-		return func() []string {
-			var list eventsv1.EventList
-			Expect(admin.List(ctx, &list, client.InNamespace(n.name))).To(Succeed())
-			var reasons []string
-			for _, e := range list.Items {
-				reasons = append(reasons, e.Regarding.Name+" "+e.Reason)
-			}
-			return reasons
-		}
-	}
 	secret := func(ctx context.Context, name string, data map[string][]byte) {
 		GinkgoHelper()
 		Expect(admin.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: name}, Data: data})).To(Succeed())
@@ -238,7 +272,7 @@ var _ = Describe("the status of", func() {
 		reg, _, _ := n.Start(ctx)
 
 		By("the first visit: all conditions are there")
-		Eventually(status(ctx, "eu"), registrytest.Patience).Should(HaveField("Conditions", HaveLen(10)))
+		Eventually(status(ctx, "eu"), registrytest.Patience).Should(HaveField("Conditions", HaveLen(14)))
 		for _, c := range status(ctx, "eu")().Conditions {
 			Expect(c.ObservedGeneration).To(BeEquivalentTo(1))
 		}
@@ -287,6 +321,29 @@ var _ = Describe("the status of", func() {
 		eventually(condition(ctx, "eu", "PeersReachable"), "True", "us")
 		eventually(condition(ctx, "eu", "Degraded"), "True Quarantine", "3 rows")
 
+		By("what its nodes know")
+		well := v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(1), Freshness: seconds(1)}
+		through := time.Now().Add(-time.Minute).Truncate(time.Second)
+		n.status.set(controllers.Serving{
+			Version: "v1", References: &controllers.References{}, VerifyStale: time.Hour,
+			Verified: map[string]controllers.Verified{"us": {Through: through, Finished: time.Now(), Mismatched: 2}},
+		}, well)
+		eventually(condition(ctx, "eu", "ReferencesHealthy"), "True Healthy", "")
+		eventually(condition(ctx, "eu", "SearchInSync"), "True NotConfigured", "")
+		eventually(condition(ctx, "eu", "Verified"), "False Differs", "us (2)")
+		eventually(condition(ctx, "eu", "Degraded"), "False Available", "")
+		n.status.set(controllers.Serving{
+			Version: "v1", References: &controllers.References{Cascading: 1, Refused: 1, Dangling: 1}, VerifyStale: time.Hour, ShardMoves: 1, FencedWrites: 1,
+			Verified: map[string]controllers.Verified{"us": {Through: through, Finished: time.Now()}},
+		}, well)
+		eventually(condition(ctx, "eu", "ReferencesHealthy"), "False Dangling", "1 committed references")
+		eventually(condition(ctx, "eu", "Verified"), "True Equal", "us")
+		Expect(status(ctx, "eu")()).To(And(
+			HaveField("Verified", HaveValue(HaveField("Time", BeTemporally("==", through)))),
+			HaveField("Peers", ConsistOf(HaveField("Verified", HaveValue(HaveField("Time", BeTemporally("==", through))))))))
+		n.status.set(controllers.Serving{Version: "v1", References: &controllers.References{}}, well)
+		eventually(condition(ctx, "eu", "ReferencesHealthy"), "True Healthy", "")
+
 		By("suspending and disabling it")
 		edited := registrytest.Deployment(n, "eu", "eu")
 		edited.Spec.SuspendScopes = []v1alpha1.SuspendScope{{PeerRegion: "us"}}
@@ -298,8 +355,9 @@ var _ = Describe("the status of", func() {
 		eventually(condition(ctx, "eu", "Ready"), "False Disabled", "")
 		Eventually(status(ctx, "eu"), registrytest.Patience).Should(HaveField("ObservedGeneration", BeNumerically("==", 3)))
 
-		Eventually(happened(ctx), registrytest.Patience).Should(ContainElements("eu DescriptorNotFound", "eu CredentialsInvalid", "eu InitialSyncStarted",
-			"eu InitialSyncCompleted", "eu LagObjectiveMissed", "eu PeerUnreachable", "eu PeerRecovered", "eu RowQuarantined", "eu Suspended", "eu Resumed"))
+		Eventually(n.happened(ctx), registrytest.Patience).Should(ContainElements("eu DescriptorNotFound", "eu CredentialsInvalid", "eu InitialSyncStarted",
+			"eu InitialSyncCompleted", "eu LagObjectiveMissed", "eu PeerUnreachable", "eu PeerRecovered", "eu RowQuarantined", "eu Suspended", "eu Resumed",
+			"eu VerificationMismatch", "eu ReferencesUnhealthy", "eu CascadeStarted", "eu CascadeBlocked", "eu CascadeCompleted", "eu ShardMoved", "eu StaleOwnerFenced"))
 
 		By("the Deployment of the other region is none of our business")
 		Expect(status(ctx, "us")()).To(BeZero())
@@ -315,11 +373,64 @@ var _ = Describe("the status of", func() {
 		eventually(condition(ctx, "b-eu", "Ready"), "False Duplicate", "")
 		eventually(condition(ctx, "b-eu", "Stalled"), "True Duplicate", "")
 		Consistently(condition(ctx, "a-eu", "Conflict"), "200ms").Should(HavePrefix("False"))
-		Eventually(happened(ctx), registrytest.Patience).Should(ContainElement("b-eu Duplicate"))
+		Eventually(n.happened(ctx), registrytest.Patience).Should(ContainElement("b-eu Duplicate"))
 
 		n.Delete(ctx, registrytest.Deployment(n, "a-eu", "eu"))
 		eventually(condition(ctx, "b-eu", "Conflict"), "False Unique", "")
 		eventually(condition(ctx, "b-eu", "Stalled"), "True DescriptorNotFound", "")
+	})
+
+	It("two of them in two namespaces", func(ctx context.Context) {
+		other := newNamespace(ctx)
+		n.watched = []string{other.name}
+		other.bind(ctx, n)
+		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
+		n.Start(ctx)
+		eventually(condition(ctx, "eu", "Conflict"), "False Unique", "")
+		other.Put(ctx, registrytest.Deployment(other, "eu", "eu"))
+		rival := func() string {
+			var d v1alpha1.Deployment
+			Expect(admin.Get(ctx, client.ObjectKey{Namespace: other.name, Name: "eu"}, &d)).To(Succeed())
+			if c := meta.FindStatusCondition(d.Status.Conditions, "Conflict"); c != nil {
+				return string(c.Status) + " " + c.Reason + ": " + c.Message
+			}
+			return ""
+		}
+		eventually(rival, "True Duplicate", "already declared by Deployment "+n.name+"/eu, which is older")
+		Expect(condition(ctx, "eu", "Conflict")()).To(HavePrefix("False"))
+	})
+
+	It("one that somebody asks to look at", func(ctx context.Context) {
+		n.interval = time.Hour
+		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
+		n.Start(ctx)
+		eventually(condition(ctx, "eu", "Ready"), "False DescriptorNotFound", "")
+		Expect(status(ctx, "eu")().LastHandledRequestAt).To(BeEmpty())
+		Expect(admin.Patch(ctx, registrytest.Deployment(n, "eu", "eu"),
+			client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"meta.dbcontroller.io/requested-at":"now"}}}`)))).To(Succeed())
+		Eventually(status(ctx, "eu"), registrytest.Patience).Should(HaveField("LastHandledRequestAt", "now"))
+	})
+
+	It("one whose search store and cache have no secrets", func(ctx context.Context) {
+		secret(ctx, "eu-db", map[string][]byte{"dsn": []byte("host=/tmp")})
+		eu := registrytest.Deployment(n, "eu", "eu")
+		eu.Spec.Search = &v1alpha1.SearchSpec{SecretRef: v1alpha1.SecretKeyRef{Name: "eu-search"}}
+		eu.Spec.Cache = &v1alpha1.CacheSpec{SecretRef: v1alpha1.SecretKeyRef{Name: "eu-cache", Key: "url"}}
+		n.Put(ctx, eu)
+		n.Put(ctx, registrytest.Descriptor(n, "packages"))
+		n.status.set(controllers.Serving{Version: "v1"})
+		n.Start(ctx)
+		credentials := condition(ctx, "eu", "CredentialsValid")
+		eventually(credentials, "False SecretNotFound", "spec.search.secretRef: get secret "+n.name+"/eu-search")
+		eventually(condition(ctx, "eu", "Degraded"), "True SecretNotFound", "spec.search")
+		eventually(condition(ctx, "eu", "Ready"), "True", "")
+		secret(ctx, "eu-search", map[string][]byte{"dsn": []byte("x")})
+		secret(ctx, "eu-cache", map[string][]byte{"dsn": []byte("x")})
+		eventually(credentials, "False SecretNotFound", `spec.cache.secretRef: key "url" of secret eu-cache`)
+		Expect(admin.Update(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: "eu-cache"}, Data: map[string][]byte{"url": []byte("x")}})).To(Succeed())
+		eventually(credentials, "True", "")
+		eventually(condition(ctx, "eu", "Degraded"), "False", "")
+		eventually(condition(ctx, "eu", "SearchInSync"), "Unknown Pending", "")
 	})
 
 	It("a Deployment with TLS", func(ctx context.Context) {
@@ -379,7 +490,7 @@ var _ = Describe("the status of", func() {
 		eventually(ready("b-packages", "Ready"), "False Duplicate", n.name+"/a-packages")
 		n.Delete(ctx, bad)
 		eventually(ready("b-packages", "Ready"), "True Compiled", "")
-		Eventually(happened(ctx), registrytest.Patience).Should(ContainElements("a-packages Refused", "b-packages Duplicate"))
+		Eventually(n.happened(ctx), registrytest.Patience).Should(ContainElements("a-packages Refused", "b-packages Duplicate"))
 	})
 
 	It("nothing but what has changed: a status that stays is not written again", func(ctx context.Context) {
@@ -393,6 +504,25 @@ var _ = Describe("the status of", func() {
 		}
 		written := version()
 		Consistently(version, "500ms").Should(Equal(written), "ten intervals")
+	})
+
+	It("no secret of another namespace, however it is asked for (S7)", func(ctx context.Context) {
+		other := newNamespace(ctx)
+		Expect(admin.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: other.name, Name: "eu-db"}, Data: map[string][]byte{"dsn": []byte("x")}})).To(Succeed())
+		raw := func(secretRef map[string]any) *unstructured.Unstructured {
+			return &unstructured.Unstructured{Object: map[string]any{
+				"apiVersion": v1alpha1.GroupVersion.String(), "kind": "Deployment", "metadata": map[string]any{"namespace": n.name, "name": "eu"},
+				"spec": map[string]any{"service": registrytest.Service, "region": "eu", "version": "v1", "endpoint": "https://eu.example.com", "database": map[string]any{"secretRef": secretRef}},
+			}}
+		}
+		elsewhere := map[string]any{"name": "eu-db", "namespace": other.name}
+		Expect(client.WithFieldValidation(admin, metav1.FieldValidationStrict).Create(ctx, raw(elsewhere))).To(MatchError(ContainSubstring(`unknown field "spec.database.secretRef.namespace"`)))
+		for _, name := range []string{other.name + "/eu-db", "../" + other.name + "/secrets/eu-db", "Eu-Db", "eu-db?x", ""} {
+			Expect(admin.Create(ctx, raw(map[string]any{"name": name}))).To(MatchError(ContainSubstring("spec.database.secretRef.name")), name)
+		}
+		Expect(admin.Create(ctx, raw(elsewhere))).To(Succeed(), "an old client")
+		n.Start(ctx)
+		eventually(condition(ctx, "eu", "CredentialsValid"), "False SecretNotFound", "get secret "+n.name+"/eu-db")
 	})
 
 	It("the manager's role: secrets by name, no list", func(ctx context.Context) {
@@ -409,6 +539,7 @@ var _ = Describe("the status of", func() {
 		d := registrytest.Deployment(n, "eu", "eu")
 		n.Put(ctx, d)
 		Expect(c.Delete(ctx, d)).To(MatchError(ContainSubstring("forbidden")))
+		Expect(c.Update(ctx, d)).To(MatchError(ContainSubstring("forbidden")))
 	})
 })
 
@@ -416,16 +547,24 @@ var _ = Describe("kubectl's table of Deployments", func() {
 	It("has the columns that people look for", func(ctx context.Context) {
 		n := newNamespace(ctx)
 		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
-		n.status.set(controllers.Serving{Version: "v1", OwnedShards: 4096})
+		n.Put(ctx, registrytest.Deployment(n, "us", "us"))
+		n.status.set(controllers.Serving{
+			Version: "v1", OwnedShards: 4096, VerifyStale: time.Hour,
+			Verified: map[string]controllers.Verified{"us": {Through: time.Now().Add(-time.Hour), Finished: time.Now()}},
+		}, v1alpha1.PeerStatus{Region: "us", ContactAge: seconds(1), Freshness: seconds(0.21), PendingRows: 3})
 		n.Put(ctx, registrytest.Descriptor(n, "packages"))
 		Expect(admin.Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n.name, Name: "eu-db"}, Data: map[string][]byte{"dsn": []byte("x")}})).To(Succeed())
 		n.Start(ctx)
-		Eventually(func() string { return table(ctx, n.name) }, registrytest.Patience).Should(ContainSubstring("eu " + registrytest.Service + " eu v1 True <nil> 0/0 4096/4096"))
+		Eventually(func() string { return table(ctx, n.name, 0) }, registrytest.Patience).Should(And(
+			HavePrefix("NAME SERVICE REGION VERSION READY LAG PEERS SHARDS AGE"), ContainSubstring("eu "+registrytest.Service+" eu v1 True 210ms 1/1 4096/4096 ")))
+		Expect(table(ctx, n.name, 1)).To(And(
+			HavePrefix("NAME SERVICE REGION VERSION READY LAG PEERS SHARDS PENDING VERIFIED REASON AGE"),
+			ContainSubstring("eu "+registrytest.Service+" eu v1 True 210ms 1/1 4096/4096 3 60m Available ")))
 	})
 })
 
-// table asks for what kubectl prints.
-func table(ctx context.Context, ns string) string {
+// table asks for what kubectl prints; of the columns, those up to a priority: 1 is kubectl's -o wide.
+func table(ctx context.Context, ns string, priority int32) string {
 	GinkgoHelper()
 	cfg := rest.CopyConfig(cluster.Config)
 	cfg.GroupVersion = &v1alpha1.GroupVersion
@@ -438,9 +577,17 @@ func table(ctx context.Context, ns string) string {
 	var t metav1.Table
 	Expect(json.Unmarshal(raw, &t)).To(Succeed())
 	var out strings.Builder
+	for _, c := range t.ColumnDefinitions {
+		if c.Priority <= priority {
+			out.WriteString(strings.ToUpper(c.Name) + " ")
+		}
+	}
 	for _, row := range t.Rows {
-		for _, cell := range row.Cells {
-			fmt.Fprint(&out, cell, " ")
+		out.WriteString("\n")
+		for i, cell := range row.Cells {
+			if t.ColumnDefinitions[i].Priority <= priority {
+				fmt.Fprint(&out, cell, " ")
+			}
 		}
 	}
 	return out.String()

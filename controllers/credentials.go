@@ -39,28 +39,49 @@ var (
 	errBadCertificates = errors.New("the certificates do not fit")
 )
 
-// checkCredentials returns nil when the secrets of a Deployment exist, have their keys, and its certificate is its own and in date.
-// Whether the database accepts the connection string is seen by who connects.
+// optionalError is a fault of the credentials of something without which the Deployment works: its search store or its cache.
+type optionalError struct{ error }
+
+func (e optionalError) Unwrap() error { return e.error }
+
+// checkCredentials returns nil when the secrets of a Deployment exist, have their keys, and its certificate is its own and in date. An error
+// names the field that refers to the secret. Whether the database accepts the connection string is seen by who connects.
 func checkCredentials(ctx context.Context, s registry.Secrets, d registry.Deployment, now time.Time) error {
 	if d.Database.Name == "" {
 		return errNotDeclared
 	}
-	database, err := s.Get(ctx, d.Database.Namespace, d.Database.Name)
-	if err != nil {
-		return fmt.Errorf("spec.database.secretRef: %w", err)
+	if err := checkConnection(ctx, s, "spec.database.secretRef", d.Database); err != nil {
+		return err
 	}
-	if len(database[d.Database.Key]) == 0 {
-		return fmt.Errorf("spec.database.secretRef: key %q of secret %s: %w", d.Database.Key, d.Database.Name, registry.ErrSecretNotFound)
+	if d.TLS.Name != "" {
+		identity, err := s.Get(ctx, d.TLS.Namespace, d.TLS.Name)
+		if err != nil {
+			return fmt.Errorf("spec.tls.secretRef: %w", err)
+		}
+		if err := checkIdentity(identity, d, now); err != nil {
+			return fmt.Errorf("spec.tls.secretRef: secret %s: %w: %w", d.TLS.Name, errBadCertificates, err)
+		}
 	}
-	if d.TLS.Name == "" {
+	if err := checkConnection(ctx, s, "spec.search.secretRef", d.Search); err != nil {
+		return optionalError{err}
+	}
+	if err := checkConnection(ctx, s, "spec.cache.secretRef", d.Cache); err != nil {
+		return optionalError{err}
+	}
+	return nil
+}
+
+// checkConnection returns nil when the entry that a field refers to is there, or the field refers to none.
+func checkConnection(ctx context.Context, s registry.Secrets, field string, ref registry.SecretRef) error {
+	if ref.Name == "" {
 		return nil
 	}
-	identity, err := s.Get(ctx, d.TLS.Namespace, d.TLS.Name)
+	secret, err := s.Get(ctx, ref.Namespace, ref.Name)
 	if err != nil {
-		return fmt.Errorf("spec.tls.secretRef: %w", err)
+		return fmt.Errorf("%s: %w", field, err)
 	}
-	if err := checkIdentity(identity, d, now); err != nil {
-		return fmt.Errorf("spec.tls.secretRef: secret %s: %w: %w", d.TLS.Name, errBadCertificates, err)
+	if len(secret[ref.Key]) == 0 {
+		return fmt.Errorf("%s: key %q of secret %s: %w", field, ref.Key, ref.Name, registry.ErrSecretNotFound)
 	}
 	return nil
 }

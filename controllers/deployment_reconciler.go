@@ -6,10 +6,13 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 	"sigs.k8s.io/controller-runtime/pkg/log"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
@@ -20,16 +23,32 @@ import (
 // deploymentReconciler keeps the status of the Deployments of the own region true.
 type deploymentReconciler struct {
 	client   client.Client
+	reader   client.Reader // does not cache
 	topology *topology
 	secrets  registry.Secrets
 	recorder events.EventRecorder
 	options  Options
+	now      func() time.Time
+
+	// What this process remembers of objects, for as long as it leads. One object at a time is reconciled.
+	served   map[types.UID]Serving   // at the last look
+	cleanups map[types.UID]time.Time // since when their data cannot be dropped
 }
 
 // Reconcile observes one Deployment and writes its status. It comes back by itself: clocks go on.
 func (r *deploymentReconciler) Reconcile(ctx context.Context, d *v1alpha1.Deployment) (reconcile.Result, error) {
-	before := d.DeepCopy()
-	o := observation{deployment: registry.DeploymentOf(d), grace: r.options.PeerGrace}
+	o := observation{deployment: registry.DeploymentOf(d), grace: r.options.PeerGrace, overdue: r.options.OverdueAfter, now: r.now()}
+	next := r.options.StatusInterval
+	if !d.DeletionTimestamp.IsZero() {
+		if !controllerutil.ContainsFinalizer(d, v1alpha1.CleanupFinalizer) {
+			r.forget(d.UID)
+			return reconcile.Result{}, nil // nothing of ours keeps it
+		}
+		if gone, err := r.clean(ctx, d, &o); gone || err != nil {
+			return again(err)
+		}
+		next = min(next, cleanupInterval)
+	}
 	for _, observe := range []func(context.Context, *observation) error{
 		r.observeTopology,    // is it in force, what is its service, who are its peers
 		r.observeCredentials, // do its secrets exist and fit
@@ -39,16 +58,34 @@ func (r *deploymentReconciler) Reconcile(ctx context.Context, d *v1alpha1.Deploy
 			return reconcile.Result{}, err
 		}
 	}
+	if d.DeletionTimestamp.IsZero() {
+		if err := r.keepFinalizer(ctx, d, &o); err != nil {
+			return again(err)
+		}
+	}
+	before := d.DeepCopy()
 	writeStatus(d, o)
 	if err := r.patchStatus(ctx, before, d); err != nil {
 		return reconcile.Result{}, err
 	}
-	return reconcile.Result{RequeueAfter: r.options.StatusInterval}, nil
+	if was, ok := r.served[d.UID]; ok {
+		record(r.recorder, d, happenings(was, o.serving))
+	}
+	r.served[d.UID] = o.serving
+	return reconcile.Result{RequeueAfter: next}, nil
+}
+
+// again looks again soon when an object has changed since it was read, which is no error.
+func again(err error) (reconcile.Result, error) {
+	if apierrors.IsConflict(err) {
+		return reconcile.Result{RequeueAfter: time.Second}, nil
+	}
+	return reconcile.Result{}, err
 }
 
 func (r *deploymentReconciler) observeTopology(ctx context.Context, o *observation) error {
 	problems, err := r.topology.refresh(ctx)
-	if err != nil {
+	if err != nil || o.closing {
 		return err
 	}
 	if p, ok := problems[registry.ObjectRef{Kind: "Deployment", Namespace: o.deployment.Namespace, Name: o.deployment.Name}]; ok {
@@ -69,14 +106,14 @@ func (r *deploymentReconciler) observeTopology(ctx context.Context, o *observati
 }
 
 func (r *deploymentReconciler) observeCredentials(ctx context.Context, o *observation) error {
-	if o.problem == nil {
-		o.credentials = checkCredentials(ctx, r.secrets, o.deployment, time.Now())
+	if o.problem == nil && !o.closing {
+		o.credentials = checkCredentials(ctx, r.secrets, o.deployment, o.now)
 	}
 	return nil // whatever the fault is, it is part of the status
 }
 
 func (r *deploymentReconciler) observeServing(_ context.Context, o *observation) error {
-	if o.problem != nil {
+	if o.problem != nil || o.closing {
 		return nil
 	}
 	o.serving = r.options.Status.Serving(o.deployment.Service, o.deployment.Region)
@@ -88,6 +125,9 @@ func (r *deploymentReconciler) observeServing(_ context.Context, o *observation)
 		if k, ok := known[p.Region]; ok {
 			o.peers[i] = k
 		}
+		if v := o.serving.Verified[p.Region]; !v.Through.IsZero() {
+			o.peers[i].Verified = &metav1.Time{Time: v.Through.Truncate(time.Second)}
+		}
 	}
 	return nil
 }
@@ -95,10 +135,15 @@ func (r *deploymentReconciler) observeServing(_ context.Context, o *observation)
 // writeStatus replaces the whole status by what was observed.
 func writeStatus(d *v1alpha1.Deployment, o observation) {
 	conditions := d.Status.Conditions // their transition times stay
-	d.Status = v1alpha1.DeploymentStatus{ObservedGeneration: d.Generation, Conditions: conditions, CurrentVersion: o.serving.Version}
+	d.Status = v1alpha1.DeploymentStatus{
+		ObservedGeneration: d.Generation, LastHandledRequestAt: d.Annotations[v1alpha1.RequestedAtAnnotation], Conditions: conditions, CurrentVersion: o.serving.Version,
+	}
 	setConditions(&d.Status.Conditions, o.conditions(), d.Generation)
-	if o.problem != nil {
+	if o.problem != nil || o.closing {
 		return
+	}
+	if through := o.verifiedThrough(); !through.IsZero() {
+		d.Status.Verified = &metav1.Time{Time: through.Truncate(time.Second)}
 	}
 	inSync, lagKnown := 0, true
 	var lag time.Duration

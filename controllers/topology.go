@@ -77,6 +77,7 @@ func (t *topology) refresh(ctx context.Context) (map[registry.ObjectRef]registry
 	if err := t.cache.List(ctx, &services); err != nil {
 		return nil, fmt.Errorf("list ServiceDescriptors: %w", err)
 	}
+	deployments.Items = slices.DeleteFunc(deployments.Items, func(d v1alpha1.Deployment) bool { return d.Closing() })
 	problems := map[registry.ObjectRef]registry.Problem{}
 	for _, p := range t.registry.Apply(registry.Snapshot{
 		Deployments: bySeniority(pointers(deployments.Items)),

@@ -21,8 +21,8 @@ func (d *Deployment) openCache(ctx context.Context) error {
 		return err
 	}
 	d.cache, err = cache.Layer(d.stack, cache.Config{
-		URL: d.cfg.CacheURL, Identity: d.cfg.Key.String() + " " + d.spec.Version + " " + database,
-		Lists: d.listsCached, Registerer: d.metrics, Logger: d.log,
+		URL: d.cfg.CacheURL, Identity: cacheIdentity(d.cfg.Key, d.spec.Version, database),
+		Lists: d.listsCached, Registerer: d.registerer(), Logger: d.log,
 	})
 	if err != nil {
 		d.log.ErrorContext(ctx, "there is no cache: spec.cache is wrong", "error", err)

@@ -94,11 +94,15 @@ func TestCache(t *testing.T) {
 				}
 				for _, f := range families {
 					if f.GetName() == "dbcontroller_cache_requests_total" {
-						for _, m := range f.GetMetric() { // labels: read, result
-							if m.GetLabel()[1].GetValue() != "hit" {
+						for _, m := range f.GetMetric() {
+							labels := map[string]string{}
+							for _, l := range m.GetLabel() {
+								labels[l.GetName()] = l.GetValue()
+							}
+							if labels["result"] != "hit" {
 								continue
 							}
-							if m.GetLabel()[0].GetValue() == "page" {
+							if labels["read"] == "page" {
 								pages = m.GetCounter().GetValue()
 							} else {
 								resources = m.GetCounter().GetValue()

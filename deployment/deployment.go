@@ -50,7 +50,8 @@ type Config struct {
 	SearchURL string
 	// TLS is the identity of the Deployment and the CAs that it trusts; nil is plain text on loopback, for development.
 	TLS pki.Source
-	// DialContext opens connections to other Deployments; nil is a plain dialer.
+	// DialContext opens connections to other Deployments; nil is a plain dialer. Where others than this process's administrator declare Deployments, it should be
+	// that of a dialguard.Guard.
 	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
 	// MaxShardsPerNode, AuditInterval and PurgeAfter are those of syncing.Config.
 	MaxShardsPerNode int
@@ -66,6 +67,12 @@ type Config struct {
 	References References
 	// MaxConns bounds the connections to the database. Default 16.
 	MaxConns int
+	// Nodes is how many nodes of each kind the process runs. Default 1.
+	Nodes int
+	// Membership returns where the replicas that share the work on the shards of a Deployment meet, for the given kinds of nodes. Nil: there is no other replica.
+	Membership func(of registry.Key, kinds []string) (nodemanager.Membership, error)
+	// Settle is that of nodemanager.Config.
+	Settle time.Duration
 	// Logger defaults to slog.Default.
 	Logger *slog.Logger
 }
@@ -94,16 +101,16 @@ type Deployment struct {
 	peers       *mixin.Peers
 	mixin       *mixin.Server
 	metrics     *prometheus.Registry
-	node        atomic.Pointer[syncing.ControllerNode] // the running one; nil where Manage does not run
-	updater     atomic.Pointer[syncing.MetaUpdater]    // likewise
-	searchNode  atomic.Pointer[syncing.LocalNode]      // likewise
+	purged      *prometheus.CounterVec // by kind
+	nodes       *nodes                 // those that Manage runs
+	verified    atomic.Pointer[[]postgres.Verified]
 }
 
 // Open opens the database, migrates it, and stacks the store's layers. Close it after Run has returned.
 func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 	cfg.Logger = cmp.Or(cfg.Logger, slog.Default())
 	cfg.Retention = cmp.Or(cfg.Retention, 24*time.Hour)
-	d := &Deployment{cfg: cfg, log: cfg.Logger.With("service", cfg.Service, "region", cfg.Region), metrics: prometheus.NewRegistry()}
+	d := &Deployment{cfg: cfg, log: cfg.Logger.With("service", cfg.Service, "region", cfg.Region), metrics: prometheus.NewRegistry(), nodes: newNodes()}
 	var ok bool
 	if d.spec, ok = cfg.Registry.View().Deployment(cfg.Key); !ok {
 		return nil, fmt.Errorf("open %s: no such Deployment is declared", cfg.Key)
@@ -126,6 +133,10 @@ func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
 	d.openSearch(ctx)
+	if err := d.measure(); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
+	}
 	return d, nil
 }
 
@@ -174,12 +185,10 @@ func (d *Deployment) Core() *postgres.Store { return d.core }
 // Metrics of this Deployment alone: those of the process and of the registry are whoever's who runs it.
 func (d *Deployment) Metrics() *prometheus.Registry { return d.metrics }
 
-// Peers tells how far the copies of every other region are.
+// Peers tells how far the copies of every other region are, whichever replica makes them: mergePeers. Empty where Manage does not run.
 func (d *Deployment) Peers() []syncing.PeerStatus {
-	if n := d.node.Load(); n != nil {
-		return n.Status()
-	}
-	return nil
+	all, _ := d.nodes.reports(kindSyncing)
+	return mergePeers(d.spec.Ring, all)
 }
 
 func (d *Deployment) checkVersion() error {
@@ -222,7 +231,7 @@ func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error)
 		Searcher: d.searcher(), Planner: d.constraints, Census: d.peers, Verifier: d.Verifier(),
 		Explainer: &apiserver.Explainer{Policies: d.policy, Core: d.core, Peers: d.peers},
 		TLS:       d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
-		Registerer: d.metrics, Logger: d.log,
+		Registerer: d.registerer(), Logger: d.log,
 	})
 	if err != nil {
 		return nil, err
@@ -234,41 +243,34 @@ func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error)
 
 // Manage is the part that runs the nodes and the housekeeping.
 func (d *Deployment) Manage(ctx context.Context) error {
-	m, err := nodemanager.New(nodemanager.Config{
-		Topology: d.cfg.Registry, Ring: d.spec.Ring, Version: d.spec.Version, Logger: d.log,
-		Kinds: append(d.searchKinds(), nodemanager.Kind{Name: "constraint", New: d.newConstraintNode}, nodemanager.Kind{Name: "syncing", New: d.newNode},
-			nodemanager.Kind{Name: "policy", New: d.newMetaUpdater}),
-	})
-	if err != nil {
-		return err
-	}
+	kinds := append(d.searchKinds(),
+		kind(d, kindConstraint, d.newConstraintNode, func(n *constraint.Node) nodeReport { return nodeReport{References: new(n.Health())} }),
+		kind(d, kindSyncing, d.newNode, func(n *syncing.ControllerNode) nodeReport { return nodeReport{Peers: n.Status()} }),
+		kind(d, kindPolicy, d.newMetaUpdater, func(u *syncing.MetaUpdater) nodeReport { return nodeReport{Policies: policies(u.Walks())} }))
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return m.Run(ctx) })
+	g.Go(func() error { return d.manageNodes(ctx, kinds) })
 	g.Go(func() error { return d.purge(ctx) })
 	g.Go(func() error { return d.verifyCopies(ctx) })
+	g.Go(func() error { return d.watchPolicy(ctx) })
+	g.Go(func() error { return d.watchVerified(ctx) })
 	return g.Wait()
 }
 
-func (d *Deployment) newConstraintNode(version string) (nodemanager.Node, error) {
+func (d *Deployment) newConstraintNode(version string, metrics prometheus.Registerer) (*constraint.Node, error) {
 	t := d.cfg.References
 	return constraint.NewNode(constraint.NodeConfig{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: version, Ring: d.spec.Ring, Registry: d.cfg.Registry, Core: d.core, Store: d.stack, Peers: d.peers,
 		Grace: t.Grace, GoneAfter: t.GoneAfter, Debounce: t.Debounce, ScanInterval: t.ScanInterval, Resync: t.Resync, SweepAfter: t.SweepAfter, CallTimeout: t.CallTimeout,
-		Poll: t.Poll, DeleteRetry: t.DeleteRetry, Away: t.Away, Reconnect: t.Reconnect, Metrics: d.metrics, Logger: d.log,
+		Poll: t.Poll, DeleteRetry: t.DeleteRetry, Away: t.Away, Reconnect: t.Reconnect, Metrics: metrics, Logger: d.log,
 	})
 }
 
-func (d *Deployment) newNode(version string) (nodemanager.Node, error) {
-	n, err := syncing.NewControllerNode(syncing.Config{
+func (d *Deployment) newNode(version string, metrics prometheus.Registerer) (*syncing.ControllerNode, error) {
+	return syncing.NewControllerNode(syncing.Config{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: version, Ring: d.spec.Ring,
 		MaxShardsPerNode: d.cfg.MaxShardsPerNode, AuditInterval: d.cfg.AuditInterval, PurgeAfter: d.cfg.PurgeAfter,
-		Registry: d.cfg.Registry, Target: d.core, Dial: d.source, Metrics: d.metrics, Logger: d.log,
+		Registry: d.cfg.Registry, Target: d.core, Dial: d.source, Metrics: metrics, Logger: d.log,
 	})
-	if err != nil {
-		return nil, err
-	}
-	d.node.Store(n)
-	return n, nil
 }
 
 // holdings measures what is owned here under a policy.
@@ -295,19 +297,14 @@ func (d *Deployment) census(ctx context.Context, in, holder string) ([]store.Hol
 }
 
 // newMetaUpdater returns the node that carries policies out for the resources owned here.
-func (d *Deployment) newMetaUpdater(string) (nodemanager.Node, error) {
+func (d *Deployment) newMetaUpdater(_ string, metrics prometheus.Registerer) (*syncing.MetaUpdater, error) {
 	set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.version, Registry: d.cfg.Registry, Holders: d.core, Changes: d.core.Feed(), Logger: d.log,
 	})
-	u, err := syncing.NewMetaUpdater(syncing.MetaUpdaterConfig{
-		Ring: d.spec.Ring, Set: set, Store: d.core, Rate: d.cfg.PolicyRate, Metrics: d.metrics, Logger: d.log,
-		Labels: prometheus.Labels{"db_service": d.cfg.Service, "region": d.cfg.Region},
+	return syncing.NewMetaUpdater(syncing.MetaUpdaterConfig{
+		Ring: d.spec.Ring, Set: set, Store: d.core, Rate: d.cfg.PolicyRate, Metrics: metrics, Logger: d.log,
+		Labels: prometheus.Labels{"db_service": d.cfg.Service, "target_region": d.cfg.Region},
 	})
-	if err != nil {
-		return nil, err
-	}
-	d.updater.Store(u)
-	return u, nil
 }
 
 // purgeBatch keeps the transactions of the purge short.
@@ -317,6 +314,8 @@ func (d *Deployment) purge(ctx context.Context) error {
 	for {
 		n, err := d.core.Purge(ctx, d.cfg.Retention, purgeBatch)
 		fences, ferr := d.core.PurgeFences(ctx, d.cfg.Retention, purgeBatch)
+		d.purged.WithLabelValues(purgedTombstones).Add(float64(n))
+		d.purged.WithLabelValues(purgedFences).Add(float64(fences))
 		if err := errors.Join(err, ferr); err != nil && ctx.Err() == nil {
 			d.log.WarnContext(ctx, "tombstones and fences were not purged", "error", err)
 		}
@@ -347,6 +346,8 @@ type Status struct {
 	Policies []PolicyStatus `json:"policies,omitempty"`
 	// Search is nil without a search store.
 	Search *SearchStatus `json:"search,omitempty"`
+	// Shards says which replica works on which shards, by kind of nodes.
+	Shards []nodemanager.KindStatus `json:"shards,omitempty"`
 }
 
 // PolicyStatus is how far a policy is carried out.
@@ -362,22 +363,28 @@ type PolicyStatus struct {
 	Settling bool `json:"settling,omitempty"`
 }
 
+func policies(walks []store.PolicyWalk) (all []PolicyStatus) {
+	for _, w := range walks {
+		all = append(all, PolicyStatus{
+			Holder: w.Holder, Total: w.Total, Checked: w.Checked, Changed: w.Changed, Misplaced: w.Misplaced, Since: w.Started, Settling: w.Round > 1,
+		})
+	}
+	return all
+}
+
 // Status returns the state of the Deployment for people and tools.
 func (d *Deployment) Status() Status {
-	s := Status{Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Peers: d.Peers(), Search: d.Search()}
-	if u := d.updater.Load(); u != nil {
-		for _, w := range u.Walks() {
-			s.Policies = append(s.Policies, PolicyStatus{
-				Holder: w.Holder, Total: w.Total, Checked: w.Checked, Changed: w.Changed, Misplaced: w.Misplaced, Since: w.Started, Settling: w.Round > 1,
-			})
-		}
+	s := Status{Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Peers: d.Peers(), Search: d.Search(), Shards: d.Shards()}
+	walks, _ := d.nodes.reports(kindPolicy)
+	for _, w := range walks {
+		s.Policies = append(s.Policies, w.Policies...)
 	}
 	return s
 }
 
 // ServeHTTP serves h on l until ctx is done; calls in flight get five seconds to end.
 func ServeHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10}
 	stopped := make(chan error, 1)
 	go func() {
 		<-ctx.Done()

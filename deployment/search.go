@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"github.com/dbcontroller/db-controller/apiserver"
 	"github.com/dbcontroller/db-controller/nodemanager"
@@ -24,7 +26,9 @@ func (d *Deployment) openSearch(ctx context.Context) {
 		case v1alpha1.SearchPostgres:
 			return searchpostgres.Open(ctx, searchpostgres.Config{DSN: d.cfg.SearchURL, Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version})
 		case v1alpha1.SearchRedis:
-			return searchredis.Open(searchredis.Config{URL: d.cfg.SearchURL, Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Ring: d.spec.Ring})
+			return searchredis.Open(searchredis.Config{
+				URL: d.cfg.SearchURL, Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Ring: d.spec.Ring, Declared: d.version, Logger: d.log,
+			})
 		default:
 			return nil, fmt.Errorf("spec.search.type %q is no search store", kind)
 		}
@@ -49,19 +53,16 @@ func (d *Deployment) searchKinds() []nodemanager.Kind {
 	if d.search == nil {
 		return nil
 	}
-	return []nodemanager.Kind{{Name: "search", New: d.newSearchNode}}
+	return []nodemanager.Kind{kind(d, kindSearch, d.newSearchNode, func(n *syncing.LocalNode) nodeReport {
+		return nodeReport{Peers: []syncing.PeerStatus{n.Status()}, Drift: n.Drift()}
+	})}
 }
 
-func (d *Deployment) newSearchNode(string) (nodemanager.Node, error) {
-	n, err := syncing.NewLocalNode(syncing.LocalConfig{
+func (d *Deployment) newSearchNode(_ string, metrics prometheus.Registerer) (*syncing.LocalNode, error) {
+	return syncing.NewLocalNode(syncing.LocalConfig{
 		Service: d.cfg.Service, Region: d.cfg.Region, Ring: d.spec.Ring, MaxShardsPerNode: d.cfg.MaxShardsPerNode,
-		Source: d.core, Search: d.search, Schema: d.version, AuditInterval: d.cfg.AuditInterval, Metrics: d.metrics, Logger: d.log,
+		Source: d.core, Search: d.search, Schema: d.version, AuditInterval: d.cfg.AuditInterval, Metrics: metrics, Logger: d.log,
 	})
-	if err != nil {
-		return nil, err
-	}
-	d.searchNode.Store(n)
-	return n, nil
 }
 
 // SearchStatus says how well the search store follows the database, and what its audits have found.
@@ -72,11 +73,16 @@ type SearchStatus struct {
 	Drift []syncing.Drift `json:"drift,omitempty"`
 }
 
-// Search returns the state of the search store; nil where none is filled.
+// Search returns the state of the search store, whichever replica fills it; nil where none is filled.
 func (d *Deployment) Search() *SearchStatus {
-	n := d.searchNode.Load()
-	if n == nil {
+	all, _ := d.nodes.reports(kindSearch)
+	merged := mergePeers(d.spec.Ring, all)
+	if len(merged) == 0 {
 		return nil
 	}
-	return &SearchStatus{d.spec.SearchType, n.Status(), n.Drift()}
+	s := &SearchStatus{Store: d.spec.SearchType, Syncing: merged[0]}
+	for _, n := range all {
+		s.Drift = append(s.Drift, n.Drift...)
+	}
+	return s
 }

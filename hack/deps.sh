@@ -3,7 +3,7 @@
 # Idempotent, and silent when nothing is missing.
 #
 #   hack/deps.sh demo   a PostgreSQL, and apt's package index (the demo's input)
-#   hack/deps.sh test   Debian's PostgreSQL, Redis, and PostgreSQL 16 to 18 in the cache
+#   hack/deps.sh test   Debian's PostgreSQL, Redis, Prometheus, and PostgreSQL 16 to 18 in the cache
 #
 # System packages need root or sudo. No service is started, and no
 # cluster is created outside the project's own temporary folders.
@@ -53,7 +53,7 @@ install_missing() {
 			chmod 755 "$policy"
 		fi
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends "$@"
-		for service in redis-server postgresql; do
+		for service in redis-server postgresql prometheus; do
 			case " $* " in *" $service"*) systemctl disable "$service" ;; esac
 		done >/dev/null 2>&1 || true # a container has no systemd
 	' deps "${missing[@]}" >&2
@@ -119,6 +119,8 @@ npm_postgres() {
 tests() {
 	need "/usr/lib/postgresql/$(debian_major)/bin/postgres" "postgresql-$(debian_major)"
 	need redis-server redis-server
+	need curl curl
+	need prometheus prometheus # and promtool
 	need gcc gcc # the race detector is written in C
 	need /usr/include/stdlib.h libc6-dev
 	need /etc/ssl/certs/ca-certificates.crt ca-certificates

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # hack/generate.sh writes the generated files: deep copies and CRDs from
-# api/v1alpha1, RBAC rules from the markers in controllers, and Go code from
-# the protobuf contracts. With --check it writes nothing and fails if a file
-# that it would write differs.
+# api/v1alpha1, RBAC rules from the markers in controllers, Go code from the
+# protobuf contracts, and what the charts and kustomize bases have of all that
+# (hack/chart.sh). With --check it writes nothing and fails if a file that it
+# would write differs.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 controller_gen=$(hack/tool.sh controller-gen)/controller-gen
 buf=$(hack/tool.sh buf)/buf
+crd_ref_docs=$(hack/tool.sh crd-ref-docs)/crd-ref-docs
 PATH=$(hack/tool.sh protoc):$PATH # the plugins that buf runs
 
 generate() {
@@ -17,6 +19,10 @@ generate() {
 	"$controller_gen" rbac:roleName=db-controller paths=./controllers/... \
 		output:rbac:dir="$out/config/rbac"
 	(cd api && "$buf" generate --output "$out/api")
+	hack/chart.sh generate "$out"
+	mkdir -p "$out/docs/reference"
+	"$crd_ref_docs" --log-level ERROR --source-path=api/v1alpha1 --config=hack/tools/crd-ref-docs/config.yaml --renderer=markdown \
+		--output-path="$out/docs/reference/api.md"
 }
 
 if [ "${1:-}" != --check ]; then

@@ -6,7 +6,7 @@ set -euo pipefail
 
 cd "$(dirname "$0")/.."
 KUBEBUILDER_ASSETS=$(hack/kube-assets.sh)
-export KUBEBUILDER_ASSETS DBC_REQUIRE_KUBE=1 CGO_ENABLED=1 # the race detector is written in C
+export KUBEBUILDER_ASSETS DBC_REQUIRE_KUBE=1 DBC_REQUIRE_PROMETHEUS=1 CGO_ENABLED=1 # the race detector is written in C
 gotestsum=$(hack/tool.sh gotestsum)/gotestsum
 
 # Two packages at a time: most of them run database servers of their own.
@@ -21,7 +21,11 @@ if [ $# != 0 ]; then
 	run -race "$@"
 	exit
 fi
-run -race ./...
+# shellcheck disable=SC2046 # one argument per package
+run -race $(go list ./... | grep -v '/test/e2e$')
+
+# Processes on a control plane of their own: alone, for they have timing of their own, and as they are shipped.
+ON=" end to end" run ./test/e2e
 
 # The store speaks to PostgreSQL, so it is tested on every supported version
 # that is installed; DBC_REQUIRE_POSTGRES makes a missing one an error.

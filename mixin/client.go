@@ -14,6 +14,7 @@ import (
 
 	v1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
 	"github.com/dbcontroller/db-controller/api/dbcontroller/v1/dbcontrollerv1connect"
+	"github.com/dbcontroller/db-controller/internal/pki"
 	"github.com/dbcontroller/db-controller/store"
 )
 
@@ -39,7 +40,7 @@ var _ Peer = (*Client)(nil)
 func NewClient(transport http.RoundTripper, endpoint string, at store.Location, timeout time.Duration) *Client {
 	return &Client{
 		at:      at,
-		rpc:     dbcontrollerv1connect.NewSchemaMixinClient(&http.Client{Transport: transport}, strings.TrimSuffix(endpoint, "/"), connect.WithReadMaxBytes(maxAnswer)),
+		rpc:     dbcontrollerv1connect.NewSchemaMixinClient(pki.Client(transport), strings.TrimSuffix(endpoint, "/"), connect.WithReadMaxBytes(maxAnswer)),
 		timeout: cmp.Or(timeout, DefaultTimeout),
 	}
 }

@@ -227,6 +227,7 @@ func (s *Server) UpgradeMetaOwnerVersion(ctx context.Context, req *v1.UpgradeMet
 	if err := cmp.Or(checkName("from.name", from.GetName()), checkName("to.name", to.GetName()), checkName("to.version", to.GetVersion())); err != nil {
 		return nil, err
 	}
+	taken := false
 	err = s.edit(ctx, name, func(r *store.Resource) (store.Write, bool) {
 		var owners []store.OwnerReference
 		upgraded := false
@@ -236,6 +237,9 @@ func (s *Server) UpgradeMetaOwnerVersion(ctx context.Context, req *v1.UpgradeMet
 				upgraded = true
 			}
 			if i := slices.IndexFunc(owners, func(p store.OwnerReference) bool { return p.Name == o.Name }); i >= 0 {
+				if taken = owners[i].Kind != o.Kind || owners[i].Region != o.Region; taken {
+					return store.Write{}, false // nobody takes the place of another Deployment's owner
+				}
 				owners[i] = merge(owners[i], o) // both spellings were there
 				continue
 			}
@@ -243,6 +247,9 @@ func (s *Server) UpgradeMetaOwnerVersion(ctx context.Context, req *v1.UpgradeMet
 		}
 		return ownersOnly(owners), upgraded && !slices.Equal(owners, r.Meta.OwnerReferences)
 	})
+	if taken {
+		err = invalid("to.name", "is the name of another owner of the resource")
+	}
 	if err != nil {
 		return nil, err
 	}

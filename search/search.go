@@ -14,9 +14,13 @@ package search
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/store"
@@ -38,11 +42,14 @@ type Document struct {
 	Values json.RawMessage
 }
 
-// DocumentOf projects a resource whose type is searched.
+// DocumentOf projects a resource whose type is searched. With an error, one that cannot be projected comes as a document that is found by its name alone.
 func DocumentOf(t *descriptor.Type, r *store.Resource) (Document, error) {
 	texts, values, err := t.Search.Project(r.Name, r.Body)
 	if err != nil {
-		return Document{}, err
+		var bare error
+		if texts, values, bare = t.Search.Project(r.Name, []byte("{}")); bare != nil {
+			return Document{}, errors.Join(err, bare)
+		}
 	}
 	weights := make([]byte, len(t.Search.Fields))
 	for i, f := range t.Search.Fields {
@@ -51,7 +58,7 @@ func DocumentOf(t *descriptor.Type, r *store.Resource) (Document, error) {
 	return Document{
 		Name: r.Name, Type: r.Type, UUID: r.UUID, Version: r.Version, Shard: r.Shard,
 		Fingerprint: t.Search.Fingerprint, Texts: texts, Weights: string(weights), Values: values,
-	}, nil
+	}, err
 }
 
 // Types are the searched types with the fingerprints of their declarations.
@@ -68,9 +75,25 @@ func TypesOf(v *descriptor.Version) Types {
 	return types
 }
 
+// SchemaOf is the fingerprint of all that is searched: the schema under which shards are filled.
+func SchemaOf(types Types) string {
+	h := sha256.New()
+	for _, name := range slices.Sorted(maps.Keys(types)) {
+		_, _ = fmt.Fprintf(h, "%s=%s;", name, types[name]) // a hash takes everything
+	}
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}
+
 // ShardDigest is the digest of the documents of one shard. It is equal to that of the database's rows if each document is whole and was made of the row
 // in its present version by the present declaration.
 type ShardDigest = postgres.ShardDigest
+
+// RangeDigest is the digest of the documents with names in a range.
+type RangeDigest = postgres.RangeDigest
+
+// RowHash is a document as a look at it found it. Its Hash is that which the database has for the row (postgres.Store.SearchHashes) if the document is whole and of the present declaration, and another one
+// otherwise, which says what it is instead; its Version is Damaged if the declaration is another one. Owner and Change are not known.
+type RowHash = postgres.RowHash
 
 // NameVersion is a name at a version.
 type NameVersion = postgres.NameVersion
@@ -109,6 +132,17 @@ type Store interface {
 	Digests(ctx context.Context, shards feed.Range, types Types) ([]ShardDigest, error)
 	// Versions calls emit, ordered by name, for each document of the shards whose name is behind after, of whatever type.
 	Versions(ctx context.Context, shards []int32, types Types, after string, emit func(name string, v store.Version) error) error
+	// Ranges returns the count and the xor of the hashes of the documents in ranges of names, the first of which begins behind after. only narrows down to some types;
+	// without it, the documents of whatever type count.
+	Ranges(ctx context.Context, types Types, only []string, after string, to []string) ([]RangeDigest, error)
+	// Hashes calls emit, ordered by name, for each document with a name in (after, to].
+	Hashes(ctx context.Context, types Types, only []string, after, to string, emit func(RowHash) error) error
+	// Look returns the documents of these names, ordered by name, of whatever type. A name that has none is left out.
+	Look(ctx context.Context, types Types, names []string) ([]RowHash, error)
+	// Mend writes docs and deletes the documents of ghosts without a lease, each only if the store still has what was seen of the name; nothing must be there of a name that is not in seen.
+	Mend(ctx context.Context, types Types, docs []Document, ghosts []string, seen []RowHash) error
+	// Filled returns how far the ranges that overlap shards are complete.
+	Filled(ctx context.Context, shards feed.Range) ([]Filled, error)
 	// Search returns one page.
 	Search(ctx context.Context, q Query) (*Result, error)
 	Ping(ctx context.Context) error

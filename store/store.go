@@ -188,7 +188,7 @@ type Query struct {
 	Filter string
 	// OrderBy is an AIP-132 list of fields; empty is by name.
 	OrderBy string
-	// PageSize defaults to 100 and is at most 1000.
+	// PageSize defaults to 100 and is at most 1000. A page of large resources may be smaller, see MaxPageBytes.
 	PageSize int
 	// PageToken continues a List of the same query; another query is refused.
 	PageToken string
@@ -228,6 +228,8 @@ type Store interface {
 const (
 	MaxBatch    = 1000
 	MaxPageSize = 1000
+	// MaxPageBytes ends a page early, after the resource whose body reaches it: a page never has much more bytes of bodies.
+	MaxPageBytes = 16 << 20
 	// MaxClosure bounds a batch together with the deletions that follow from it (Constraint.Closure).
 	MaxClosure = 250_000
 )

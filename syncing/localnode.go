@@ -107,9 +107,13 @@ func NewLocalNode(cfg LocalConfig) (*LocalNode, error) {
 	}
 	cfg.Logger = cmp.Or(cfg.Logger, slog.Default()).With("db_service", cfg.Service, "region", cfg.Region, "kind", "search")
 	n := &LocalNode{cfg: cfg, nodes: map[feed.Range]*searchNode{}}
-	n.metrics = newMetrics(func() []PeerStatus { return []PeerStatus{n.Status()} })
+	n.metrics = newMetrics(n.measured)
 	n.drift = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_search_drift_total",
 		Help: "Documents that an audit found different from their rows and repaired, by kind: ghost, hole or stale."}, []string{"drift"})
+	for _, kind := range []DriftKind{Ghost, Hole, Stale} {
+		n.drift.WithLabelValues(string(kind))
+	}
+	n.metrics.follow(cfg.Region)
 	return n, nil
 }
 
@@ -202,8 +206,9 @@ func (l *LocalNode) Status() PeerStatus {
 	}
 	l.clock.mu.Unlock()
 	var all *lags
+	done := worst{share: 1}
 	for _, n := range l.nodes {
-		r, state, progress := n.reading(now)
+		r, state, share, remaining := n.reading(now)
 		if all != nil {
 			r = all.worse(r)
 		}
@@ -211,8 +216,9 @@ func (l *LocalNode) Status() PeerStatus {
 		if badness[state] > badness[s.State] {
 			s.State = state
 		}
-		s.Progress = min(s.Progress, progress)
+		done.add(share, remaining)
 	}
+	s.Progress, s.Remaining = done.share, done.remaining
 	if all != nil {
 		s.Freshness, s.ApplyLag, s.PendingRows = all.freshness, all.apply, all.pending
 	} else {
@@ -222,6 +228,17 @@ func (l *LocalNode) Status() PeerStatus {
 		s.LastError, s.LastErrorTime = l.lastErr.Error(), l.errTime
 	}
 	return s
+}
+
+// measured is the status for the metrics: none without a shard, since then another replica tells.
+func (l *LocalNode) measured() []PeerStatus {
+	l.mu.Lock()
+	idle := len(l.nodes) == 0
+	l.mu.Unlock()
+	if idle {
+		return nil
+	}
+	return []PeerStatus{l.Status()}
 }
 
 // Drift returns the differences that audits have found last, at most 1000, the latest ones last.
@@ -261,7 +278,7 @@ type searchNode struct {
 	mu       sync.Mutex
 	state    State
 	inSync   bool // no name is known to differ
-	progress float64
+	progress progress
 	failing  string // the last failure; empty after a success
 }
 
@@ -310,7 +327,7 @@ func (n *searchNode) enter(s State) {
 	was := n.state
 	n.state = s
 	if s == Live {
-		n.failing = ""
+		n.failing, n.progress.share = "", 1
 	}
 	n.mu.Unlock()
 	if was != s {
@@ -335,18 +352,19 @@ func (n *searchNode) failed(err error) {
 func (n *searchNode) progressed(done, of int64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.progress = min(1, float64(done)/float64(max(1, of)))
+	n.progress.note(done, of, n.local.cfg.Clock())
 }
 
-func (n *searchNode) reading(now time.Time) (lags, State, float64) {
+func (n *searchNode) reading(now time.Time) (l lags, state State, share float64, remaining *time.Duration) {
 	n.mu.Lock()
-	state, inSync, progress := n.state, n.inSync, n.progress
+	state, share, remaining = n.state, n.progress.share, n.progress.remaining(now)
+	inSync := n.inSync
 	n.mu.Unlock()
-	l := n.clock.read(now, !inSync)
+	l = n.clock.read(now, !inSync)
 	missing, extra := n.set.Len()
 	l.pending += int64(missing + extra)
 	if state == Live || state == CatchingUp {
-		progress = 1
+		share, remaining = 1, new(time.Duration(0))
 	}
-	return l, state, progress
+	return l, state, share, remaining
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -28,8 +29,9 @@ import (
 type searchServer struct {
 	store search.Store
 	empty func()
-	// edit does n random edits by hand.
-	edit func(n int)
+	// edit does n random edits by hand; remove deletes documents.
+	edit   func(n int)
+	remove func(names ...string)
 	// save keeps a state to which undo goes back.
 	save, undo func()
 	stop       func()
@@ -65,6 +67,9 @@ func onPostgres(region string) *searchServer {
 					"INSERT INTO documents (name, type, uuid, epoch, resource_version, shard, fingerprint, a, b, c, d, body, sum) SELECT name || 'ghost', type, uuid, epoch, resource_version, shard, fingerprint, a, b, c, d, body, sum FROM documents ORDER BY random() LIMIT 1 ON CONFLICT DO NOTHING",
 				}[rand.N(5)])
 			}
+		},
+		remove: func(names ...string) {
+			sql("DELETE FROM documents WHERE name IN ('" + strings.Join(names, "', '") + "')")
 		},
 		save: func() {
 			sql("DROP TABLE IF EXISTS public.d, public.l", "CREATE TABLE public.d AS TABLE documents", "CREATE TABLE public.l AS TABLE leases")
@@ -109,6 +114,12 @@ func onRedis(region string) *searchServer {
 					func() error { return c.ZAdd(ctx, p+"n", goredis.Z{Member: names[0] + "ghost"}).Err() },
 					func() error { return c.ZRem(ctx, p+"t:Book", names[0]).Err() },
 				}[rand.N(6)]()).To(Succeed())
+			}
+		},
+		remove: func(names ...string) {
+			for _, n := range names {
+				Expect(c.Del(ctx, p+"d:"+n).Err()).To(Succeed())
+				Expect(c.ZRem(ctx, p+"n", n).Err()).To(Succeed())
 			}
 		},
 		save: func() {
@@ -255,6 +266,27 @@ var _ = Describe("the search syncer", func() {
 					equal()
 				}
 				Expect(node.Drift()).NotTo(BeEmpty())
+			})
+
+			It("I27: finds documents that were deleted by hand at the next audit, and not without one", func() {
+				us.save("first", []string{"us"}, names("a", 300)...)
+				node, stop := us.index(s.store, auditing(-1))
+				equal()
+				Eventually(func() syncing.State { return node.Status().State }, "30s", "20ms").Should(Equal(syncing.Live))
+				s.remove("shelves/a/books/00007", "shelves/a/books/00011")
+				us.save("what is written meanwhile tells nothing of them", []string{"us"}, names("a", 7)...)
+				Consistently(us.indexed(s.store, v), "1500ms", "100ms").ShouldNot(BeEmpty())
+				Expect(node.Drift()).To(BeEmpty())
+				stop()
+
+				node, _ = us.index(s.store, auditing(time.Second)) // the first one comes after 0.5 to 1.5 s, and takes its time
+				began := time.Now()
+				equal()
+				Expect(time.Since(began)).To(And(BeNumerically(">", 400*time.Millisecond), BeNumerically("<", 8*time.Second)))
+				Expect(node.Drift()).To(HaveLen(2))
+				for _, d := range node.Drift() {
+					Expect(d.Kind).To(Equal(syncing.Hole))
+				}
 			})
 
 			It("takes up a new declaration of what is searched", func() {

@@ -243,6 +243,46 @@ var _ = Describe("policies in motion", func() {
 		Eventually(now, "20s").Should(Equal(want))
 	})
 
+	It("drops nothing that a policy of the service would orphan, and says what it is (F33, X19, I42, spec 4.9)", func(ctx SpecContext) {
+		g := newGoverned("eu", "us")
+		g.spec.Versions[0].Resources = append(g.spec.Versions[0].Resources, v1alpha1.ResourceType{Type: "Office", Plural: "offices", Patterns: []string{"regions/{region}/offices/{office}"}})
+		g.declareAll([]string{"eu", "us"})
+		g.save("us", `{"size":1}`, "regions/us/offices/a", "regions/us/offices/b")
+		g.save("eu", `{"size":1}`, "regions/eu/offices/c", "settings/s")
+		g.update("eu", nil)
+		_, set, _ := g.update("us", nil)
+		copies, _ := g.regions["eu"].sync(nil)
+		g.regions["us"].sync(nil)
+		live(copies, "us")
+		converge(g.regions["eu"], g.regions["us"])
+		converge(g.regions["us"], g.regions["eu"])
+
+		// Nobody asked the regions before the ServiceDescriptor was changed: it is no resource of theirs.
+		g.spec.MultiRegionPolicy.EnabledRegions, g.spec.MultiRegionPolicy.DefaultControlRegion = []string{"us"}, "us"
+		g.declareAll([]string{"eu", "us"})
+		Eventually(func() []string { m, _ := set.Meta("", "Office"); return m.Regions }, "20s").Should(Equal([]string{"us"}))
+		owned := func(region string) (map[string]string, error) {
+			return g.regions[region].rows("owning_region = $1", region)
+		}
+		Eventually(func() (int, error) {
+			copied, err := g.regions["eu"].rows("owning_region = 'us'")
+			return len(copied), err
+		}, "20s").Should(BeZero(), "copies leave")
+		Consistently(func() (int, error) { rows, err := owned("eu"); return len(rows), err }, "1s", "100ms").Should(Equal(2))
+		Expect(owned("us")).To(HaveLen(2))
+		Eventually(func() (int, error) { return len(g.spread("us", "settings/")), nil }, "20s").Should(Equal(1), "and appear where they should")
+
+		// What the policy leaves behind is said, so that people can put it right, and it can still be changed and deleted where it is.
+		holdings, err := policy.Holdings(ctx, g.version(), g.regions["eu"].store, "", false)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(policy.Orphans("eu", holdings, g.version().Service.Policy)).To(ConsistOf(
+			ContainSubstring("region eu, which it does not enable any more, still owns 1 resources (1 Office)"),
+			ContainSubstring("region eu still owns 1 resources without a region in their names (1 Setting), which would belong to us")))
+		g.save("eu", `{"size":2}`, "regions/eu/offices/c")
+		_, err = store.Apply(ctx, g.stacks["eu"], store.Write{Op: store.Delete, Name: "regions/eu/offices/c"})
+		Expect(err).NotTo(HaveOccurred())
+	})
+
 	It("goes on where it was killed, and a second change overtakes the first (F82, X19)", func(ctx SpecContext) {
 		g := newGoverned("eu")
 		g.save("eu", folder(euUs), "folders/f")

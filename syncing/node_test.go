@@ -538,3 +538,50 @@ func TestRandomFaultsConverge(t *testing.T) {
 		})
 	})
 }
+
+// A Deployment that is missing in a view of the topology, because it is stale or torn, and comes back before the purge loses no copy (P23, X35).
+func TestADeploymentThatComesBackLosesNothing(t *testing.T) {
+	bubble(t, nil, func(t *testing.T, w *world) {
+		w.settle(5*time.Second, "eu")
+		copies := len(w.target.live("eu"))
+		for range 3 {
+			w.declare()
+			time.Sleep(DefaultPurgeAfter - time.Second)
+			w.declare("eu")
+			w.settle(time.Minute, "eu")
+			if n := len(w.target.live("eu")); n != copies || copies == 0 {
+				t.Fatalf("%d copies, there were %d", n, copies)
+			}
+		}
+	})
+}
+
+// While a Deployment is suspended or disabled, or its peer is disabled, nothing is copied and nothing is lost; afterwards it goes on by itself.
+func TestPausesEndWithoutLoss(t *testing.T) {
+	for name, pause := range map[string]func(*v1alpha1.Deployment){
+		"suspended": func(d *v1alpha1.Deployment) { d.Spec.Suspend = d.Spec.Region == "us" },
+		"disabled":  func(d *v1alpha1.Deployment) { d.Spec.Disabled = d.Spec.Region == "us" },
+		"peer disabled": func(d *v1alpha1.Deployment) {
+			d.Spec.Disabled = d.Spec.Region == "eu"
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, nil, func(t *testing.T, w *world) {
+				w.settle(5*time.Second, "eu")
+				copies := len(w.target.live("eu"))
+				w.declareWith(pause, "eu")
+				time.Sleep(time.Second)
+				w.owners["eu"].save(book(1))
+				time.Sleep(2 * DefaultPurgeAfter)
+				if n := len(w.target.live("eu")); n != copies || copies == 0 {
+					t.Errorf("%d copies, there were %d", n, copies)
+				}
+				if w.equal("eu") == nil {
+					t.Error("a change was applied in spite of the pause")
+				}
+				w.declare("eu")
+				w.settle(time.Minute, "eu")
+			})
+		})
+	}
+}

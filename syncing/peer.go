@@ -33,6 +33,7 @@ type peer struct {
 	retries     prometheus.Counter
 	applied     atomic.Int64
 	quarantined atomic.Int64
+	epoch       atomic.Int64 // of the owner, as the stream that was opened last has learned it
 
 	mu      sync.Mutex
 	link    *link
@@ -72,6 +73,7 @@ func (p plan) same(o plan) bool {
 
 func newPeer(cfg *Config, key registry.Key, m *metrics) *peer {
 	p := &peer{cfg: cfg, key: key, log: cfg.Logger.With("source_region", key.Region), metrics: m, nodes: map[feed.Range]*remoteNode{}}
+	m.follow(key.Region)
 	p.propagation = m.propagation.WithLabelValues(key.Region)
 	p.retries = m.retries.WithLabelValues(key.Region)
 	return p
@@ -211,6 +213,7 @@ func (p *peer) failed(err error) {
 func (p *peer) count(op string, m postgres.Merged, bytes int) {
 	p.applied.Add(int64(m.Applied))
 	p.quarantined.Add(int64(m.Quarantined)) // until it is counted again
+	p.metrics.quarantined.WithLabelValues(p.key.Region).Add(float64(m.Quarantined))
 	p.metrics.rows.WithLabelValues(p.key.Region, op).Add(float64(m.Applied))
 	p.metrics.bytes.WithLabelValues(p.key.Region).Add(float64(bytes))
 }
@@ -237,8 +240,9 @@ func (p *peer) status() PeerStatus {
 
 	first := true
 	var all lags
+	done := worst{share: 1}
 	for _, n := range p.nodes {
-		l, state, progress := n.reading(now)
+		l, state, share, remaining := n.reading(now)
 		if first {
 			all, first = l, false
 		} else {
@@ -250,8 +254,9 @@ func (p *peer) status() PeerStatus {
 		if badness[state] > badness[s.State] {
 			s.State = state
 		}
-		s.Progress = min(s.Progress, progress)
+		done.add(share, remaining)
 	}
+	s.Progress, s.Remaining = done.share, done.remaining
 	s.Freshness, s.ApplyLag, s.PendingRows = all.freshness, all.apply, all.pending
 	if p.lastErr != nil && s.State != Live {
 		s.LastError, s.LastErrorTime = p.lastErr.Error(), p.errTime

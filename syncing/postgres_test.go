@@ -46,6 +46,7 @@ func TestAgainstPostgreSQL(t *testing.T) {
 type world struct {
 	reg     *registry.Registry
 	ca      *pki.CA // nil: plain text
+	version string
 	regions map[string]*region
 }
 
@@ -59,21 +60,30 @@ type region struct {
 }
 
 func newWorld(names ...string) *world {
-	w := &world{reg: registry.New(), regions: map[string]*region{}}
+	w := &world{reg: registry.New(), version: "v1", regions: map[string]*region{}}
 	for _, name := range names {
 		w.add(name, name, pgtest.Database(GinkgoTB()))
 	}
 	return w
 }
 
+// in returns the same regions with the same databases in another API version.
+func (w *world) in(version string) *world {
+	other := &world{reg: registry.New(), version: version, regions: map[string]*region{}}
+	for name, r := range w.regions {
+		other.add(name, name, r.dsn)
+	}
+	return other
+}
+
 // add starts a region whose certificate, if there is a CA, says that it is called identity.
 func (w *world) add(name, identity, dsn string) *region {
 	GinkgoHelper()
-	r := &region{world: w, name: name, dsn: dsn, store: open(name, dsn)}
+	r := &region{world: w, name: name, dsn: dsn, store: w.open(name, dsn)}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	Expect(err).NotTo(HaveOccurred())
 	cfg := apiserver.Config{
-		Service: service, Region: name, Version: "v1", Store: r.store, Owners: nobody{}, Changes: r.store.Feed(), Replica: r.store,
+		Service: service, Region: name, Version: w.version, Store: r.store, Owners: nobody{}, Changes: r.store.Feed(), Replica: r.store,
 		Topology: w.reg, Logger: quiet(),
 	}
 	scheme := "http://"
@@ -112,9 +122,9 @@ func identity(region string) pki.Identity {
 
 func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(GinkgoWriter, nil)) }
 
-func open(name, dsn string) *postgres.Store {
+func (w *world) open(name, dsn string) *postgres.Store {
 	GinkgoHelper()
-	s, err := postgres.Open(context.Background(), postgres.Config{DSN: dsn, Service: service, Region: name, Version: "v1", Ring: ring, FeedLimit: 200, Logger: quiet()})
+	s, err := postgres.Open(context.Background(), postgres.Config{DSN: dsn, Service: service, Region: name, Version: w.version, Ring: ring, FeedLimit: 200, Logger: quiet()})
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(s.Close)
 	return s
@@ -142,7 +152,7 @@ func (w *world) declare(names ...string) {
 	for _, name := range names {
 		s.Deployments = append(s.Deployments, &v1alpha1.Deployment{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"},
-			Spec:       v1alpha1.DeploymentSpec{Service: service, Region: name, Endpoint: w.regions[name].endpoint, Version: "v1", Shards: ring},
+			Spec:       v1alpha1.DeploymentSpec{Service: service, Region: name, Endpoint: w.regions[name].endpoint, Version: w.version, Shards: ring},
 		})
 	}
 	Expect(w.reg.Apply(s)).To(BeEmpty())
@@ -152,14 +162,14 @@ func (w *world) declare(names ...string) {
 func (r *region) sync(edit func(*syncing.Config)) (node *syncing.ControllerNode, stop func()) {
 	GinkgoHelper()
 	cfg := syncing.Config{
-		Service: service, Region: r.name, Version: "v1", Ring: ring, MaxShardsPerNode: 16, Registry: r.world.reg, Target: r.store,
+		Service: service, Region: r.name, Version: r.world.version, Ring: ring, MaxShardsPerNode: 16, Registry: r.world.reg, Target: r.store,
 		AuditInterval: -1, Logger: quiet(),
 		Dial: func(d registry.Deployment) (syncing.Source, error) {
 			var source pki.Source
 			if r.world.ca != nil {
 				source = r.world.certificate(r.name)
 			}
-			return syncing.NewSource(syncing.NewTransport(source, identity(d.Region), nil), d.Endpoint, syncing.Peer{Service: service, ForRegion: r.name, OfRegion: d.Region, Version: "v1", Ring: ring}), nil
+			return syncing.NewSource(syncing.NewTransport(source, identity(d.Region), nil), d.Endpoint, syncing.Peer{Service: service, ForRegion: r.name, OfRegion: d.Region, Version: r.world.version, Ring: ring}), nil
 		},
 	}
 	if edit != nil {
@@ -230,7 +240,7 @@ func (r *region) rows(where string, args ...any) (map[string]string, error) {
 	}
 	defer c.Close(context.Background())
 	rows, err := c.Query(context.Background(), `SELECT name, concat_ws('|', type, uuid, epoch, resource_version, generation, owning_region, state, create_time, update_time, regions, meta, body)
-		FROM v1.resources WHERE state <> 2 AND `+where, args...)
+		FROM `+r.world.version+`.resources WHERE state <> 2 AND `+where, args...)
 	if err != nil {
 		return nil, err
 	}

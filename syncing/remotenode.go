@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dbcontroller/db-controller/store/feed"
@@ -20,11 +21,12 @@ type remoteNode struct {
 	log    *slog.Logger
 	clock  rangeClock
 	set    *VersionSet
+	epoch  atomic.Int64 // of the owner, in the stream's history
 
 	mu       sync.Mutex
 	state    State
 	inSync   bool // no name is known to differ
-	progress float64
+	progress progress
 	toCopy   int64  // rows of an initial copy that are still to come
 	failing  Reason // of the last failure; empty after a success
 	held     Throttle
@@ -78,6 +80,7 @@ func (n *remoteNode) follow(ctx context.Context, source Source) error {
 		return fmt.Errorf("load cursor of %s: %w", n, err)
 	}
 	if !c.IsZero() {
+		n.progressed(1, 1) // until a comparison turns out to be needed
 		err := n.session(ctx, source, c, true)
 		if !errors.Is(err, feed.ErrCursorLost) {
 			return err
@@ -92,7 +95,7 @@ func (n *remoteNode) enter(s State) {
 	was := n.state
 	n.state = s
 	if s == Live {
-		n.failing = ""
+		n.failing, n.progress.share = "", 1
 	}
 	n.mu.Unlock()
 	if was != s {
@@ -132,7 +135,7 @@ func (n *remoteNode) throttle() Throttle {
 func (n *remoteNode) progressed(done, of int64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.progress = min(1, float64(done)/float64(max(1, of)))
+	n.progress.note(done, of, n.now())
 }
 
 // copying notes how many rows of an initial copy are still to come.
@@ -154,17 +157,21 @@ func (n *remoteNode) audited(shards int) {
 }
 
 // reading returns the node's part of the pair's status.
-func (n *remoteNode) reading(now time.Time) (lags, State, float64) {
+func (n *remoteNode) reading(now time.Time) (l lags, state State, share float64, remaining *time.Duration) {
 	n.mu.Lock()
-	state, inSync, progress, toCopy := n.state, n.inSync, n.progress, n.toCopy
+	state, share, remaining = n.state, n.progress.share, n.progress.remaining(now)
+	inSync, toCopy := n.inSync, n.toCopy
 	n.mu.Unlock()
-	l := n.clock.read(now, !inSync)
+	l = n.clock.read(now, !inSync)
 	missing, extra := n.set.Len()
 	l.pending += int64(missing+extra) + toCopy
-	if state == Live || state == CatchingUp {
-		progress = 1
+	if state != Live && state != CatchingUp {
+		return l, state, share, remaining
 	}
-	return l, state, progress
+	if n.epoch.Load() != n.peer.epoch.Load() {
+		state = Connecting // another subrange knows already that the owner's history has ended: what is held here is to be compared
+	}
+	return l, state, 1, new(time.Duration(0))
 }
 
 const (

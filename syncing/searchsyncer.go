@@ -3,15 +3,11 @@ package syncing
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"iter"
-	"maps"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 
@@ -55,15 +51,6 @@ type searchSession struct {
 	dirty   bool // documents were written since the cursor was saved
 }
 
-// fingerprint is of all that is searched.
-func fingerprint(types search.Types) string {
-	h := sha256.New()
-	for _, name := range slices.Sorted(maps.Keys(types)) {
-		_, _ = fmt.Fprintf(h, "%s=%s;", name, types[name]) // a hash takes everything
-	}
-	return hex.EncodeToString(h.Sum(nil)[:8])
-}
-
 // follow runs one session.
 func (n *searchNode) follow(ctx context.Context) error {
 	cfg := &n.local.cfg
@@ -74,7 +61,7 @@ func (n *searchNode) follow(ctx context.Context) error {
 	n.enter(Connecting)
 	defer n.clock.dropped()
 	var err error
-	if s.lease, s.cursor, err = cfg.Search.Begin(ctx, n.shards, fingerprint(s.types)); err != nil {
+	if s.lease, s.cursor, err = cfg.Search.Begin(ctx, n.shards, search.SchemaOf(s.types)); err != nil {
 		return fmt.Errorf("begin %s: %w", n, err)
 	}
 	if s.proven = !s.cursor.IsZero(); s.proven {
@@ -104,7 +91,7 @@ func (n *searchNode) follow(ctx context.Context) error {
 func (s *searchSession) step(ctx context.Context, more *bool) error {
 	n, cfg := s.n, &s.n.local.cfg
 	if v := cfg.Schema(); v != s.version {
-		if fingerprint(search.TypesOf(v)) != fingerprint(s.types) {
+		if search.SchemaOf(search.TypesOf(v)) != search.SchemaOf(s.types) {
 			return errSearchDeclared
 		}
 		s.version = v
@@ -162,15 +149,11 @@ func (s *searchSession) step(ctx context.Context, more *bool) error {
 	return nil
 }
 
-// document projects a resource. One that cannot be projected is found by its name alone: it must not stop the others.
+// document projects a resource. One that cannot be projected must not stop the others.
 func (s *searchSession) document(r *store.Resource) search.Document {
-	t := s.version.Type(r.Type)
-	d, err := search.DocumentOf(t, r)
+	d, err := search.DocumentOf(s.version.Type(r.Type), r)
 	if err != nil {
 		s.n.failed(err)
-		bare := *r
-		bare.Body = []byte("{}")
-		d, _ = search.DocumentOf(t, &bare)
 	}
 	return d
 }

@@ -75,6 +75,8 @@ func (s *session) read(ctx context.Context, from feed.Cursor) error {
 		}
 		if first {
 			s.epoch = epoch
+			s.n.epoch.Store(epoch)
+			s.n.peer.epoch.Store(epoch)
 			close(s.started)
 			first = false
 		}

@@ -15,6 +15,7 @@ import (
 
 	v1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
 	"github.com/dbcontroller/db-controller/api/dbcontroller/v1/dbcontrollerv1connect"
+	"github.com/dbcontroller/db-controller/internal/dialguard"
 	"github.com/dbcontroller/db-controller/internal/pki"
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/feed"
@@ -70,6 +71,7 @@ type Reason string
 const (
 	Unreachable   Reason = "unreachable"    // no connection, or it went silent
 	WrongIdentity Reason = "wrong_identity" // the certificate is not that of the Deployment
+	WrongEndpoint Reason = "wrong_endpoint" // no Deployment may be where its endpoint leads (package dialguard)
 	WrongPeer     Reason = "wrong_peer"     // another Deployment answers, or with another version, ring or row layout: its message says
 	CursorLost    Reason = "cursor_lost"    // normal after a failover of the owner or a long absence
 	Denied        Reason = "denied"         // the peer does not know or does not want us
@@ -78,6 +80,8 @@ const (
 	Malformed     Reason = "malformed"   // the peer sent what cannot be read
 	ApplyFailed   Reason = "apply"       // the local database did not take the rows
 )
+
+var reasons = []Reason{Unreachable, WrongIdentity, WrongEndpoint, WrongPeer, CursorLost, Denied, Unimplemented, PeerFailed, Malformed, ApplyFailed}
 
 // SourceError is an error of a peer.
 type SourceError struct {
@@ -166,7 +170,7 @@ type Peer struct {
 
 // NewSource returns the Source of a Deployment's API server at endpoint, over transport, whose idle connections its Close closes.
 func NewSource(transport http.RoundTripper, endpoint string, peer Peer) Source {
-	c := &http.Client{Transport: transport}
+	c := pki.Client(transport)
 	return &client{
 		http: c,
 		feed: dbcontrollerv1connect.NewFeedClient(c, endpoint,
@@ -321,8 +325,12 @@ func stream[T any](ctx context.Context, op string, silence time.Duration,
 func classify(op string, err error) error {
 	e := &SourceError{PeerFailed, op, err}
 	var id identityError
+	var endpoint *dialguard.Error
 	var rpc *connect.Error
 	switch {
+	case errors.As(err, &endpoint):
+		e.Reason = WrongEndpoint
+		return e
 	case errors.As(err, &id):
 		e.Reason = WrongIdentity
 		return e

@@ -26,6 +26,14 @@ const (
 
 var badness = map[State]int{Live: 0, CatchingUp: 1, Comparing: 2, Connecting: 3, Disconnected: 4, Suspended: 5}
 
+// Worse returns the worse of s and o.
+func (s State) Worse(o State) State {
+	if badness[o] > badness[s] {
+		return o
+	}
+	return s
+}
+
 // PeerStatus says how well this region follows another one. A nil duration is not known yet, and must be taken for bad.
 type PeerStatus struct {
 	Service, Region string
@@ -44,6 +52,8 @@ type PeerStatus struct {
 	Quarantined int64
 	// Progress of the initial copy or comparison, 0 to 1.
 	Progress float64
+	// Remaining is how long it still takes, at the speed so far; 0 when it is done.
+	Remaining *time.Duration
 	// ClockOffset is the peer's clock minus ours.
 	ClockOffset *time.Duration
 	Suspended   bool
@@ -54,32 +64,52 @@ type PeerStatus struct {
 	LastErrorTime time.Time
 }
 
+// peerStatusJSON is a PeerStatus as people and other processes see it: durations in seconds, what is unknown null.
+type peerStatusJSON struct {
+	Service       string     `json:"service"`
+	Region        string     `json:"region"`
+	State         State      `json:"state"`
+	ContactAge    *float64   `json:"contactAgeSeconds"`
+	Freshness     *float64   `json:"freshnessSeconds"`
+	ApplyLag      *float64   `json:"applyLagSeconds"`
+	PendingRows   int64      `json:"pendingRows"`
+	RowsApplied   int64      `json:"rowsApplied"`
+	Quarantined   int64      `json:"quarantined"`
+	Progress      float64    `json:"progress"`
+	Remaining     *float64   `json:"remainingSeconds,omitempty"`
+	ClockOffset   *float64   `json:"clockOffsetSeconds"`
+	Suspended     bool       `json:"suspended"`
+	Throttled     Throttle   `json:"throttled,omitempty"`
+	LastError     string     `json:"lastError,omitempty"`
+	LastErrorTime *time.Time `json:"lastErrorTime,omitempty"`
+}
+
 // MarshalJSON shows durations in seconds; what is unknown is null.
 func (s PeerStatus) MarshalJSON() ([]byte, error) {
 	var failedAt *time.Time
 	if !s.LastErrorTime.IsZero() {
 		failedAt = &s.LastErrorTime
 	}
-	return json.Marshal(struct {
-		Service       string     `json:"service"`
-		Region        string     `json:"region"`
-		State         State      `json:"state"`
-		ContactAge    *float64   `json:"contactAgeSeconds"`
-		Freshness     *float64   `json:"freshnessSeconds"`
-		ApplyLag      *float64   `json:"applyLagSeconds"`
-		PendingRows   int64      `json:"pendingRows"`
-		RowsApplied   int64      `json:"rowsApplied"`
-		Quarantined   int64      `json:"quarantined"`
-		Progress      float64    `json:"progress"`
-		ClockOffset   *float64   `json:"clockOffsetSeconds"`
-		Suspended     bool       `json:"suspended"`
-		Throttled     Throttle   `json:"throttled,omitempty"`
-		LastError     string     `json:"lastError,omitempty"`
-		LastErrorTime *time.Time `json:"lastErrorTime,omitempty"`
-	}{
+	return json.Marshal(peerStatusJSON{
 		s.Service, s.Region, s.State, seconds(s.ContactAge), seconds(s.Freshness), seconds(s.ApplyLag), s.PendingRows, s.RowsApplied,
-		s.Quarantined, s.Progress, seconds(s.ClockOffset), s.Suspended, s.Throttled, s.LastError, failedAt,
+		s.Quarantined, s.Progress, seconds(s.Remaining), seconds(s.ClockOffset), s.Suspended, s.Throttled, s.LastError, failedAt,
 	})
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote.
+func (s *PeerStatus) UnmarshalJSON(data []byte) error {
+	var j peerStatusJSON
+	if err := json.Unmarshal(data, &j); err != nil {
+		return err
+	}
+	*s = PeerStatus{
+		j.Service, j.Region, j.State, duration(j.ContactAge), duration(j.Freshness), duration(j.ApplyLag), j.PendingRows, j.RowsApplied,
+		j.Quarantined, j.Progress, duration(j.Remaining), duration(j.ClockOffset), j.Suspended, j.Throttled, j.LastError, time.Time{},
+	}
+	if j.LastErrorTime != nil {
+		s.LastErrorTime = *j.LastErrorTime
+	}
+	return nil
 }
 
 func seconds(d *time.Duration) *float64 {
@@ -88,4 +118,11 @@ func seconds(d *time.Duration) *float64 {
 	}
 	s := d.Seconds()
 	return &s
+}
+
+func duration(seconds *float64) *time.Duration {
+	if seconds == nil {
+		return nil
+	}
+	return new(time.Duration(*seconds * float64(time.Second)))
 }

@@ -18,6 +18,8 @@ const (
 	SourceSlow Throttle = "source_slow"
 )
 
+var throttles = []Throttle{LiveWaits, TargetSlow, SourceSlow}
+
 // health is what is known of the two ends before a piece of bulk work.
 type health struct {
 	liveWaits bool

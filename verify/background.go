@@ -28,6 +28,8 @@ type Background struct {
 	Ledger Ledger
 	// Peers are the regions to verify now.
 	Peers func() []string
+	// Types, unless nil, are the types that the metrics show: the ledger also remembers those that the schema has no more.
+	Types func() []string
 	// Verify runs a pass over a peer, as Run does, and writes down what a finished one has proved (Note).
 	Verify func(ctx context.Context, peer string, opt Options, from State, report func(Progress) error) (State, error)
 	// Interval is the time between two passes. Default 1 h.
@@ -58,6 +60,7 @@ func (b Background) Run(ctx context.Context) error {
 		b.Pause = 9
 	}
 	m := newMetrics()
+	m.interval.Set(b.Interval.Seconds())
 	if b.Metrics != nil {
 		if err := b.Metrics.Register(m); err != nil {
 			return fmt.Errorf("register metrics of the verification: %w", err)
@@ -147,7 +150,17 @@ func (b Background) observe(ctx context.Context, m *metrics) {
 	if err != nil {
 		return // the next round tries again
 	}
+	peers := b.Peers()
+	var types []string
+	if b.Types != nil {
+		types = b.Types()
+	}
 	for _, v := range all {
+		if !slices.Contains(peers, v.Peer) || b.Types != nil && !slices.Contains(types, v.Type) {
+			m.mismatched.DeleteLabelValues(v.Peer, v.Type)
+			m.through.DeleteLabelValues(v.Peer, v.Type)
+			continue
+		}
 		m.mismatched.WithLabelValues(v.Peer, v.Type).Set(float64(v.Differences))
 		if !v.Through.IsZero() {
 			m.through.WithLabelValues(v.Peer, v.Type).Set(float64(v.Through.UnixNano()) / 1e9)
@@ -158,15 +171,17 @@ func (b Background) observe(ctx context.Context, m *metrics) {
 type metrics struct {
 	mismatched, through *prometheus.GaugeVec
 	compared            *prometheus.CounterVec
+	interval            prometheus.Gauge
 }
 
 func newMetrics() *metrics {
 	return &metrics{
-		mismatched: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dbcontroller_verify_mismatched_rows", Help: "Copies that differed from their owner's rows in the last pass."}, []string{"source_region", "type"}),
+		mismatched: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "dbcontroller_verify_mismatched_rows", Help: "Copies that differed from their owner's rows in the last pass that was finished, by resource type."}, []string{"source_region", "resource"}),
 		through: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "dbcontroller_verify_verified_through_timestamp_seconds", Help: "Owner's time up to which copies were verified without a gap.",
-		}, []string{"source_region", "type"}),
-		compared: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_verify_compared_rows_total", Help: "Rows compared with their owner."}, []string{"source_region"}),
+			Name: "dbcontroller_verify_verified_through_timestamp_seconds", Help: "Unix time in seconds, by the owner's clock, up to which copies were verified without a gap, by resource type.",
+		}, []string{"source_region", "resource"}),
+		compared: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dbcontroller_verify_compared_rows_total", Help: "Rows that were compared with their owner by content."}, []string{"source_region"}),
+		interval: prometheus.NewGauge(prometheus.GaugeOpts{Name: "dbcontroller_verify_interval_seconds", Help: "Seconds from the end of a verification of all copies of a region to the next one; absent where none is made."}),
 	}
 }
 
@@ -175,6 +190,7 @@ func (m *metrics) Describe(c chan<- *prometheus.Desc) {
 	m.mismatched.Describe(c)
 	m.through.Describe(c)
 	m.compared.Describe(c)
+	m.interval.Describe(c)
 }
 
 // Collect is part of prometheus.Collector.
@@ -182,4 +198,5 @@ func (m *metrics) Collect(c chan<- prometheus.Metric) {
 	m.mismatched.Collect(c)
 	m.through.Collect(c)
 	m.compared.Collect(c)
+	m.interval.Collect(c)
 }

@@ -2,7 +2,6 @@ package verify
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"iter"
 
@@ -42,18 +41,9 @@ func (c *Copies) Ranges(ctx context.Context, types []string, after string, to []
 
 // Hashes lists copies.
 func (c *Copies) Hashes(ctx context.Context, types []string, after, to string) iter.Seq2[postgres.RowHash, error] {
-	return func(yield func(postgres.RowHash, error) bool) {
-		left := errors.New("left") // tells the query's end from an error of its own
-		err := c.Store.CopyHashes(ctx, c.Peer, types, after, to, func(r postgres.RowHash) error {
-			if !yield(r, nil) {
-				return left
-			}
-			return nil
-		})
-		if err != nil && !errors.Is(err, left) {
-			yield(postgres.RowHash{}, err)
-		}
-	}
+	return hashes(func(emit func(postgres.RowHash) error) error {
+		return c.Store.CopyHashes(ctx, c.Peer, types, after, to, emit)
+	})
 }
 
 // Look returns what is held here of names.

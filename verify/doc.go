@@ -6,6 +6,7 @@
 //	pass.go    the walk: ranges, suspects, throttle, progress, repair; it knows no database
 //	judge.go   pure: what two looks at a name mean
 //	copies.go  the pair of an owner and the copies of another region
+//	search.go  the pair of a database and its search store
 //	background.go  passes that go on for ever, one process at a time, and what they have proved
 //
 // Three things always hold:

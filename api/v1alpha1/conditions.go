@@ -4,11 +4,13 @@ package v1alpha1
 const (
 	// ConditionReady says that the Deployment works for its consumers: it serves, and its read copies are within the objective.
 	ConditionReady = "Ready"
-	// ConditionReconciling says that a change of the spec is being carried out. kstatus reads it.
+	// ConditionProgressing says that a change is being carried out: of the spec, or a first copy.
+	ConditionProgressing = "Progressing"
+	// ConditionReconciling says the same as ConditionProgressing, under the name that kstatus reads.
 	ConditionReconciling = "Reconciling"
 	// ConditionStalled says that nothing more will happen until someone changes something. kstatus reads it.
 	ConditionStalled = "Stalled"
-	// ConditionDegraded says that the Deployment works with loss, for example with rows in quarantine.
+	// ConditionDegraded says that the Deployment works with loss: with rows in quarantine, or without the search store or the cache that it should have.
 	ConditionDegraded = "Degraded"
 	// ConditionConflict says that another Deployment object declares the same service and region; the older object wins.
 	ConditionConflict = "Conflict"
@@ -18,6 +20,15 @@ const (
 	ConditionInitialSyncComplete = "InitialSyncComplete"
 	// ConditionCaughtUp says that the freshness of every pair is within spec.lagObjective.
 	ConditionCaughtUp = "CaughtUp"
+	// ConditionReferencesHealthy says that no reference points to nothing and no work on references is overdue. A deletion that is refused because
+	// something refers to the resource is as it should be.
+	ConditionReferencesHealthy = "ReferencesHealthy"
+	// ConditionSearchInSync says that the search store follows the database within spec.lagObjective, or that there is none.
+	ConditionSearchInSync = "SearchInSync"
+	// ConditionVerified says that the last passes over the copies of all peers found no difference, and are not too old.
+	ConditionVerified = "Verified"
+	// ConditionCleanupBlocked says why a Deployment that was deleted is still there. Only such a one has it.
+	ConditionCleanupBlocked = "CleanupBlocked"
 	// ConditionSuspended says that syncing is paused, wholly or in the scopes that the message names.
 	ConditionSuspended = "Suspended"
 	// ConditionCredentialsValid says that the Secrets the spec names exist and work.
@@ -64,4 +75,22 @@ const (
 	ReasonCompiled = "Compiled"
 	// ReasonAvailable: the thing that the condition is about works.
 	ReasonAvailable = "Available"
+	// ReasonNotConfigured: there is no such thing here, so nothing is wrong with it.
+	ReasonNotConfigured = "NotConfigured"
+	// ReasonHealthy: nothing dangles and nothing is overdue.
+	ReasonHealthy = "Healthy"
+	// ReasonDangling: a committed reference points to nothing.
+	ReasonDangling = "Dangling"
+	// ReasonOverdue: work is not done for longer than it should take.
+	ReasonOverdue = "Overdue"
+	// ReasonStale: what was found out is too old to say anything about now.
+	ReasonStale = "Stale"
+	// ReasonDeleting: the object is deleted and its data is about to be dropped.
+	ReasonDeleting = "Deleting"
+	// ReasonReferenced: resources elsewhere refer to resources of this Deployment.
+	ReasonReferenced = "Referenced"
+	// ReasonInUse: processes still use the database.
+	ReasonInUse = "InUse"
+	// ReasonCleanupFailed: the data cannot be dropped now.
+	ReasonCleanupFailed = "CleanupFailed"
 )

@@ -92,6 +92,44 @@ type DeploymentSpec struct {
 	// Disabled takes this Deployment out of use: nothing is routed to it and nobody copies from it or to it. Its data stays.
 	// +optional
 	Disabled bool `json:"disabled,omitempty"`
+
+	// ReclaimPolicy says what becomes of the data when this object is deleted. Retain leaves everything as it is. Delete drops what db-controller has made:
+	// the schemas in the database, what is in the search store and in the cache; it waits while resources here are referred to from elsewhere. Only the
+	// controller of the same region acts, and only in Kubernetes: a folder of manifests always retains.
+	// +optional
+	// +kubebuilder:default=Retain
+	// +kubebuilder:validation:Enum=Retain;Delete
+	ReclaimPolicy ReclaimPolicy `json:"reclaimPolicy,omitempty"`
+}
+
+// ReclaimPolicy says what becomes of the data of a Deployment that is deleted.
+type ReclaimPolicy string
+
+// The reclaim policies.
+const (
+	// ReclaimRetain leaves all data as it is.
+	ReclaimRetain ReclaimPolicy = "Retain"
+	// ReclaimDelete drops what db-controller has made.
+	ReclaimDelete ReclaimPolicy = "Delete"
+)
+
+// Finalizer and annotations of a Deployment.
+const (
+	// CleanupFinalizer keeps a Deployment with reclaimPolicy Delete until its data is dropped.
+	CleanupFinalizer = "meta.dbcontroller.io/deployment-cleanup"
+	// ForceDeleteAnnotation, when "true", ends the wait of a deletion: the data is dropped even if resources elsewhere refer to it, and if it cannot be
+	// dropped at the first attempt the object goes and the data stays.
+	ForceDeleteAnnotation = "meta.dbcontroller.io/force-delete"
+	// ClosingAnnotation is set by the controller once nothing is in the way of the data of a deleted Deployment: all processes stop serving it. It means
+	// nothing unless the object is being deleted with reclaimPolicy Delete.
+	ClosingAnnotation = "meta.dbcontroller.io/closing"
+	// RequestedAtAnnotation asks for a look at once; any new value will do. status.lastHandledRequestAt has it when that was done.
+	RequestedAtAnnotation = "meta.dbcontroller.io/requested-at"
+)
+
+// Closing reports whether the object is being deleted and its data is about to be dropped: it is no part of the topology any more.
+func (d *Deployment) Closing() bool {
+	return !d.DeletionTimestamp.IsZero() && d.Spec.ReclaimPolicy == ReclaimDelete && d.Annotations[ClosingAnnotation] != ""
 }
 
 // DatabaseSpec says how to reach a PostgreSQL database.
@@ -142,6 +180,7 @@ type SecretKeyRef struct {
 	// Name of the Secret.
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`
 	Name string `json:"name"`
 
 	// Key in the Secret.
@@ -171,6 +210,7 @@ type SecretRef struct {
 	// Name of the Secret.
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`
 	Name string `json:"name"`
 }
 
@@ -188,8 +228,12 @@ type DeploymentStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// Conditions of the Deployment: Ready, Reconciling, Stalled, Degraded, Conflict, PeersReachable, InitialSyncComplete, CaughtUp,
-	// Suspended, CredentialsValid.
+	// LastHandledRequestAt is the annotation meta.dbcontroller.io/requested-at that was followed last.
+	// +optional
+	LastHandledRequestAt string `json:"lastHandledRequestAt,omitempty"`
+
+	// Conditions of the Deployment: Ready, Progressing, Reconciling, Stalled, Degraded, Conflict, PeersReachable, InitialSyncComplete, CaughtUp,
+	// ReferencesHealthy, SearchInSync, Verified, Suspended, CredentialsValid; and CleanupBlocked while a deletion waits.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -217,6 +261,10 @@ type DeploymentStatus struct {
 	// +listMapKey=region
 	Peers []PeerStatus `json:"peers,omitempty"`
 
+	// Verified is the time up to which the copies of all peers are verified by content, without a gap. Not set before the first pass over each.
+	// +optional
+	Verified *metav1.Time `json:"verified,omitempty"`
+
 	// Shards are the shards of the ring, as served in this region.
 	// +optional
 	Shards *ShardsStatus `json:"shards,omitempty"`
@@ -242,6 +290,10 @@ type PeerStatus struct {
 	// PendingRows is the number of rows known to differ from the peer's.
 	// +optional
 	PendingRows int64 `json:"pendingRows,omitempty"`
+
+	// Verified is the peer's time up to which its copies are verified by content, without a gap.
+	// +optional
+	Verified *metav1.Time `json:"verified,omitempty"`
 }
 
 // ShardsStatus counts shards.
@@ -271,6 +323,7 @@ type ShardsStatus struct {
 // +kubebuilder:printcolumn:name="Peers",type=string,JSONPath=`.status.peersInSync`
 // +kubebuilder:printcolumn:name="Shards",type=string,JSONPath=`.status.shards.summary`
 // +kubebuilder:printcolumn:name="Pending",type=integer,JSONPath=`.status.pendingRows`,priority=1
+// +kubebuilder:printcolumn:name="Verified",type=date,JSONPath=`.status.verified`,priority=1
 // +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].reason`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type Deployment struct {

@@ -27,7 +27,8 @@ type VerificationSpec struct {
 	// +kubebuilder:validation:MinLength=1
 	Region string `json:"region"`
 
-	// PeerRegion is the owner of the rows. Empty: every other region, one after the other.
+	// PeerRegion is the owner of the rows; "@search" is the region's own search store, which is compared with its database. Empty: every other region, and the search store if there is one,
+	// one after the other.
 	// +optional
 	// +kubebuilder:validation:MaxLength=30
 	PeerRegion string `json:"peerRegion,omitempty"`

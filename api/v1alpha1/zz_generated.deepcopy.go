@@ -172,6 +172,10 @@ func (in *DeploymentStatus) DeepCopyInto(out *DeploymentStatus) {
 			(*in)[i].DeepCopyInto(&(*out)[i])
 		}
 	}
+	if in.Verified != nil {
+		in, out := &in.Verified, &out.Verified
+		*out = (*in).DeepCopy()
+	}
 	if in.Shards != nil {
 		in, out := &in.Shards, &out.Shards
 		*out = new(ShardsStatus)
@@ -261,6 +265,10 @@ func (in *PeerStatus) DeepCopyInto(out *PeerStatus) {
 		in, out := &in.ApplyLag, &out.ApplyLag
 		*out = new(v1.Duration)
 		**out = **in
+	}
+	if in.Verified != nil {
+		in, out := &in.Verified, &out.Verified
+		*out = (*in).DeepCopy()
 	}
 }
 

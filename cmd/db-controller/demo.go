@@ -86,6 +86,7 @@ load until all were there.`,
 				return usageError{errors.New("--rate and --load exclude each other: synthetic writes are for the small data set")}
 			}
 			cfg.JSON = summary == "json"
+			cfg.Version = version
 			cfg.Out, cfg.Err = os.Stdout, os.Stderr
 			cfg.Terminal = term.IsTerminal(int(os.Stderr.Fd()))
 			err = demo.Run(cmd.Context(), cfg)

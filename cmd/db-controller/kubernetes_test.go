@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -12,9 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	. "github.com/onsi/gomega"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -93,9 +96,9 @@ func TestTopologyFromKubernetes(t *testing.T) {
 	}
 	var managers []*program
 	for _, s := range sites {
-		start(t, "apiserver", "--kubeconfig", kubeconfig, "--service", "packages.example.com", "--region", s.region,
+		start(t, "apiserver", "--kubeconfig", kubeconfig, "--allow-loopback-peers", "--service", "packages.example.com", "--region", s.region,
 			"--bind-address", s.api, "--metrics-bind-address", "", "--health-probe-bind-address", s.apiOps, "--log-format", "text")
-		managers = append(managers, start(t, "manager", "--kubeconfig", kubeconfig, "--region", s.region, "--leader-elect", "--leader-election-namespace", namespace,
+		managers = append(managers, start(t, "manager", "--kubeconfig", kubeconfig, "--allow-loopback-peers", "--region", s.region, "--leader-elect", "--leader-election-namespace", namespace,
 			"--metrics-bind-address", "", "--health-probe-bind-address", s.managerOps, "--log-format", "text"))
 	}
 	eu, us := sites["eu"], sites["us"]
@@ -134,6 +137,16 @@ func TestTopologyFromKubernetes(t *testing.T) {
 		func() string { b, err := yaml.Marshal(ofUS().Status); return fmt.Sprint(string(b), err) })
 	t.Logf("status of packages.us: %s", must(yaml.Marshal(ofUS().Status)))
 
+	// The data of us goes with its Deployment, once neither its manager nor its API server uses it any more. That of eu stays.
+	g.Expect(admin.Patch(ctx, ofUS(), client.RawPatch("application/merge-patch+json", []byte(`{"spec":{"reclaimPolicy":"Delete"}}`)))).To(Succeed())
+	g.Eventually(func() []string { return ofUS().Finalizers }).WithTimeout(time.Minute).Should(ConsistOf(v1alpha1.CleanupFinalizer))
+	g.Expect(admin.Delete(ctx, ofUS())).To(Succeed())
+	g.Eventually(func() error {
+		return admin.Get(ctx, client.ObjectKey{Namespace: namespace, Name: "packages.us"}, &v1alpha1.Deployment{})
+	}).WithTimeout(time.Minute).WithPolling(time.Second).Should(MatchError(apierrors.IsNotFound, "it is not there"))
+	g.Expect(schemas(t, us.dsn)).To(BeEmpty())
+	g.Expect(schemas(t, eu.dsn)).To(ConsistOf("ctl", "v1"))
+
 	for _, m := range managers {
 		g.Expect(m.cmd.Process.Signal(syscall.SIGTERM)).To(Succeed())
 		g.Expect(m.code(t)).To(Equal(0))
@@ -144,6 +157,25 @@ func TestTopologyFromKubernetes(t *testing.T) {
 			g.Expect(string(line)).NotTo(Or(ContainSubstring("forbidden"), ContainSubstring("level=ERROR")))
 		}
 	}
+}
+
+// schemas are those of db-controller.
+func schemas(t *testing.T, dsn string) []string {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
+	rows, err := conn.Query(t.Context(), "SELECT nspname::text FROM pg_namespace WHERE nspname ~ '^(ctl|v[0-9])'")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
 }
 
 func must(text []byte, err error) []byte {

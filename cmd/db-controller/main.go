@@ -77,7 +77,7 @@ written in one region appears as a read copy in the regions that its policy name
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newWhy(), newPlanDelete(), newWhatIf(), newVerify(), newResidency(), newRaiseEpoch(), newVersion())
+	root.AddCommand(newDemo(), newManager(), newAPIServer(), newStatus(), newLag(), newShards(), newWhy(), newPlanDelete(), newWhatIf(), newVerify(), newResidency(), newRaiseEpoch(), newVersion())
 	return root
 }
 

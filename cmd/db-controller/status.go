@@ -14,6 +14,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/dbcontroller/db-controller/nodemanager"
 )
 
 // peerStatus and statusz are what /statusz sends.
@@ -36,6 +38,8 @@ type (
 		Version string       `json:"version"`
 		Error   string       `json:"error,omitempty"`
 		Peers   []peerStatus `json:"peers"`
+		// Shards says which manager works on which shards.
+		Shards []nodemanager.KindStatus `json:"shards,omitempty"`
 	}
 	statusz struct {
 		Deployments []deploymentStatus `json:"deployments"`

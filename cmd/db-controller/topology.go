@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 
 	"github.com/go-logr/logr"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
@@ -28,6 +28,7 @@ import (
 	"github.com/dbcontroller/db-controller/cmd/db-controller/internal/fleet"
 	"github.com/dbcontroller/db-controller/controllers"
 	"github.com/dbcontroller/db-controller/deployment"
+	"github.com/dbcontroller/db-controller/internal/dialguard"
 	"github.com/dbcontroller/db-controller/registry"
 	"github.com/dbcontroller/db-controller/registry/folder"
 )
@@ -39,6 +40,8 @@ type topology struct {
 
 	kubeconfig string
 	namespaces []string
+	peerCIDRs  []string
+	loopback   bool
 	elect      bool
 	electionID string
 	electionNS string
@@ -49,12 +52,31 @@ func (t *topology) flags(f *pflag.FlagSet) {
 	f.StringVar(&t.region, "region", "", "the `region` of this process (required)")
 	f.StringVar(&t.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty: $KUBECONFIG, the cluster that this process runs in, or ~/.kube/config")
 	f.StringSliceVar(&t.namespaces, "watch-namespaces", nil, "`namespaces` whose objects count; empty: all")
+	f.StringSliceVar(&t.peerCIDRs, "peer-cidrs", nil, "`networks` in which endpoints of other Deployments may be; empty: everywhere but on this machine, its links and the control plane")
+	f.BoolVar(&t.loopback, "allow-loopback-peers", false, "endpoints of other Deployments may be on this machine; with --manifests they always may")
 }
 
 func (t *topology) electionFlags(f *pflag.FlagSet) {
 	f.BoolVar(&t.elect, "leader-elect", false, "in Kubernetes: let one of several replicas write status; copying does not depend on it")
 	f.StringVar(&t.electionID, "leader-election-id", "", "`name` of the Lease; default db-controller-REGION. Two releases in one namespace need different ones")
 	f.StringVar(&t.electionNS, "leader-election-namespace", "", "`namespace` of the Lease; default the one that this process runs in")
+}
+
+// guard returns what connections to other Deployments are opened with. Who writes the manifests of a folder has the credentials in it, too, so the guard trusts
+// them with this machine; who may write a Deployment in Kubernetes has none of it.
+func (t *topology) guard() (*dialguard.Guard, error) {
+	cfg := dialguard.Config{AllowLoopback: t.loopback || t.manifests != ""}
+	if host := os.Getenv("KUBERNETES_SERVICE_HOST"); host != "" {
+		cfg.Denied = []string{host}
+	}
+	for _, text := range t.peerCIDRs {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--peer-cidrs %q: is no network: write for example 10.0.0.0/8,fd00::/8", text)}
+		}
+		cfg.Peers = append(cfg.Peers, p.Masked())
+	}
+	return dialguard.New(cfg), nil
 }
 
 // source feeds a registry.
@@ -68,6 +90,7 @@ type source struct {
 type operated interface {
 	controllers.StatusSource
 	controllers.Verifier
+	controllers.Cleaner
 }
 
 // open returns the source. status, unless nil, makes it write the status of our Deployments back.
@@ -76,8 +99,8 @@ func (t *topology) open(reg *registry.Registry, log *slog.Logger, status operate
 		return nil, usageError{errors.New("--region is required: the region whose Deployments run here, for example --region eu")}
 	}
 	if t.manifests != "" {
-		process := prometheus.NewRegistry()
-		process.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), reg)
+		process := fleet.NewProcessMetrics(version)
+		process.MustRegister(reg)
 		if info, err := os.Stat(t.manifests); err != nil || !info.IsDir() {
 			return nil, usageError{fmt.Errorf("--manifests %s: is not a folder that can be read", t.manifests)}
 		}
@@ -123,14 +146,14 @@ func (t *topology) openKubernetes(reg *registry.Registry, log *slog.Logger, stat
 		return nil, fmt.Errorf("connect to Kubernetes: %w", err)
 	}
 	if status != nil {
-		err = controllers.Add(mgr, controllers.Options{Region: t.region, Registry: reg, Status: status, Verifier: status})
+		err = controllers.Add(mgr, controllers.Options{Region: t.region, Registry: reg, Status: status, Verifier: status, Cleaner: status})
 	} else {
 		err = controllers.AddTopology(mgr, reg)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := ctrlmetrics.Registry.Register(reg); err != nil {
+	if err := errors.Join(ctrlmetrics.Registry.Register(reg), ctrlmetrics.Registry.Register(fleet.BuildInfo(version))); err != nil {
 		return nil, fmt.Errorf("register metrics of the topology: %w", err)
 	}
 	return &source{secrets: controllers.NewSecrets(mgr.GetAPIReader()), run: mgr.Start, metrics: ctrlmetrics.Registry}, nil
@@ -217,6 +240,11 @@ func serveFleet(ctx context.Context, t *topology, o *ops, cfg fleet.Config) erro
 		return err
 	}
 	slog.SetDefault(log)
+	guard, err := t.guard()
+	if err != nil {
+		return err
+	}
+	cfg.Template.DialContext = guard.DialContext
 	cfg.Region, cfg.Registry, cfg.Logger = t.region, registry.New(), log
 	// The controllers ask the fleet, and the fleet reads secrets where the controllers are.
 	late := &lateSecrets{}

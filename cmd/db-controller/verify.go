@@ -17,6 +17,7 @@ import (
 
 	v1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
 	"github.com/dbcontroller/db-controller/api/dbcontroller/v1/dbcontrollerv1connect"
+	"github.com/dbcontroller/db-controller/verify"
 )
 
 // exitDiffers is the exit code of verify and residency when something is not as it must be.
@@ -41,13 +42,16 @@ func newVerify() *cobra.Command {
 	v := &verifying{states: map[string]string{}, ends: map[string]*v1.VerifyProgress{}}
 	cmd := &cobra.Command{
 		Use:   "verify",
-		Short: "Compare the read copies of a region with what their owners have, row by row, and repair them",
+		Short: "Compare the read copies of a region with what their owners have, and its search store with its database, row by row, and repair them",
 		Long: `Verify compares the read copies that the region of the server holds with the rows of their owners: the whole content, by digests made inside
 the databases. Only where these differ are rows looked at, and what differs counts only if it still does at a second look, after the copies have
 received all that the owner had written: writes that go on are no differences.
 
+The search store of the region, if it has one, is the peer @search: its documents are compared with the rows of the region's own database, by version,
+and by a sum in each document that tells what was changed by hand.
+
 --repair says what would be done about each difference; --repair --apply does it: the owner's row is written over the copy, and a copy that its
-owner does not know is deleted. What the region owns itself is never touched.
+owner does not know is deleted; documents are written anew from their rows, or deleted. What the region owns itself is never touched.
 
 With --resume a pass that was interrupted goes on where it was. The same passes run in the background of a manager, all the time; --last shows up
 to when they have verified the copies of each type.
@@ -56,6 +60,7 @@ Exit codes: 0 if all copies are equal, or are repaired, 3 if differences are lef
 		Example: `  db-controller verify --server https://us.packages.example.com:8443 --cert me.crt --key me.key --cacert ca.crt
   db-controller verify --peer eu --type Package --repair                   # what a repair would do
   db-controller verify --peer eu --type Package --repair --apply
+  db-controller verify --peer @search --repair --apply
   db-controller verify --rate 20000 --resume /var/tmp/us.verify            # gently, and from where it was
   db-controller verify --last`,
 		Args: noArgs,
@@ -72,7 +77,7 @@ Exit codes: 0 if all copies are equal, or are repaired, 3 if differences are lef
 	}
 	v.flags(cmd)
 	f := cmd.Flags()
-	f.StringSliceVar(&v.peers, "peer", nil, "`regions` whose rows are compared; empty: all others")
+	f.StringSliceVar(&v.peers, "peer", nil, "`regions` whose rows are compared, @search for the search store; empty: all others, and the search store if there is one")
 	f.StringSliceVar(&v.types, "type", nil, "`types` to compare; empty: all")
 	f.BoolVar(&v.repair, "repair", false, "say what would be done about each difference")
 	f.BoolVar(&v.apply, "apply", false, "with --repair: do it")
@@ -153,7 +158,11 @@ func (v *verifying) received(out, progress io.Writer, m *v1.VerifyResponse) erro
 }
 
 func writeDifference(w io.Writer, peer string, d *v1.RowDifference) {
-	fmt.Fprintf(w, "%-8s %s of %s: owner %s, copy %s", d.GetKind(), d.GetName(), peer, orNone(d.GetOwnerVersion()), orNone(d.GetCopyVersion()))
+	sides := "%-8s %s of %s: owner %s, copy %s"
+	if peer == verify.SearchPeer {
+		sides = "%-8s %s of %s: row %s, document %s"
+	}
+	fmt.Fprintf(w, sides, d.GetKind(), d.GetName(), peer, orNone(d.GetOwnerVersion()), orNone(d.GetCopyVersion()))
 	if d.GetBehind() {
 		fmt.Fprint(w, "; the copies have not received this change yet")
 	}
@@ -216,7 +225,11 @@ func (v *verifying) conclude(out io.Writer) error {
 	case v.repair:
 		hint = "--repair --apply does it"
 	}
-	return exitError{fmt.Errorf("%d copies are not what their owners have; %s", left, hint), exitDiffers}
+	what := "copies are not what their owners have"
+	if p := v.ends[verify.SearchPeer]; p.GetDifferences() > p.GetRepaired() {
+		what = "copies or search documents are not what they are made of"
+	}
+	return exitError{fmt.Errorf("%d %s; %s", left, what, hint), exitDiffers}
 }
 
 func sortedKeys[V any](m map[string]V) []string {

@@ -62,6 +62,22 @@ func against(t *testing.T, v *verification, args ...string) (out string, err err
 	return b.String(), err
 }
 
+// The search store of a region is the peer @search.
+func TestVerifyShowsDocuments(t *testing.T) {
+	g := NewWithT(t)
+	v := &verification{answers: []*v1.VerifyResponse{{Peer: "@search", State: "one", Progress: &v1.VerifyProgress{Compared: 20, Differences: 2, Repaired: 1, Finished: true},
+		Differences: []*v1.RowDifference{
+			{Name: "sections/a", Type: "Section", Kind: "missing", OwnerVersion: "1.5", Action: "write the document anew from its row", Repaired: true},
+			{Name: "sections/b", Type: "Section", Kind: "extra", CopyVersion: "1.2", Action: "delete the document"}}}}}
+	out, err := against(t, v, "verify", "--peer", "@search", "--repair", "--apply")
+	g.Expect(v.asked[0].GetPeers()).To(Equal([]string{"@search"}))
+	g.Expect(err).To(MatchError("1 copies or search documents are not what they are made of; what is said of each tells why it was left"))
+	g.Expect(out).To(HavePrefix(`missing  sections/a of @search: row 1.5, document none; repaired: write the document anew from its row
+extra    sections/b of @search: row none, document 1.2; delete the document
+@search: 20 rows compared, 2 differences, 1 repaired
+`))
+}
+
 func TestVerifyShowsDifferencesAndWhatWasDone(t *testing.T) {
 	g := NewWithT(t)
 	v := &verification{answers: []*v1.VerifyResponse{

@@ -100,7 +100,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if s := typed.Spec; s.Shards != v1alpha1.DefaultShards || s.LagObjective.Duration.String() != "5s" ||
-		s.Database.SecretRef.Key != v1alpha1.DefaultDSNKey || s.TLS.TrustDomain != v1alpha1.DefaultTrustDomain {
+		s.Database.SecretRef.Key != v1alpha1.DefaultDSNKey || s.TLS.TrustDomain != v1alpha1.DefaultTrustDomain || s.ReclaimPolicy != v1alpha1.ReclaimRetain {
 		t.Errorf("defaults: %+v", s)
 	}
 
@@ -134,6 +134,9 @@ func TestAdmit(t *testing.T) {
 		"region in capitals":                 {deployment, "region: eu", "region: EU", "spec.region"},
 		"service of one label":               {deployment, "packages.example.com", "packages", "spec.service"},
 		"version that is none":               {deployment, "version: v1", "version: '1'", "spec.version"},
+		"secret of another namespace (S7)":   {deployment, "{name: db}", "{name: db, namespace: other}", "there is no such field"},
+		"secret with a path (S7)":            {deployment, "{name: db}", "{name: ../other/db}", "spec.database.secretRef.name: Invalid value"},
+		"unknown reclaim policy":             {deployment, "region: eu", "region: eu\n  reclaimPolicy: Recycle", "reclaimPolicy: Unsupported value"},
 		"unknown field":                      {deployment, "region: eu", "region: eu\n  regoin: eu", "spec.regoin: Invalid value: \"\": there is no such field"},
 		"objective of zero":                  {deployment, "region: eu", "region: eu\n  lagObjective: 0s", "lagObjective must be more than zero"},
 		"objective that is no duration":      {deployment, "region: eu", "region: eu\n  lagObjective: soon", "spec.lagObjective"},

@@ -119,10 +119,10 @@ func ServerTLS(source Source, trustDomain string) *tls.Config {
 				VerifyConnection: func(cs tls.ConnectionState) error {
 					id, err := FromCertificate(cs.PeerCertificates[0])
 					if err != nil {
-						return err
+						return identityError{err}
 					}
 					if id.TrustDomain != trustDomain {
-						return fmt.Errorf("caller %s is not of trust domain %s", id, trustDomain)
+						return identityError{fmt.Errorf("caller %s is not of trust domain %s", id, trustDomain)}
 					}
 					return nil
 				},

@@ -28,3 +28,8 @@ func Transport(source Source, want Identity, dial func(ctx context.Context, netw
 	t.TLSClientConfig = ClientTLS(source, want)
 	return t
 }
+
+// Client returns an HTTP client over t that follows no redirect: one would lead to where nobody has declared a Deployment.
+func Client(t http.RoundTripper) *http.Client {
+	return &http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}

@@ -17,13 +17,14 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/dbcontroller/db-controller/internal/dsn"
 	"github.com/dbcontroller/db-controller/search"
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/feed"
 )
 
 // format is the version of the schema. A store of another one is made anew and filled again.
-const format = 1
+const format = 2
 
 //go:embed schema.sql
 var schemaSQL string
@@ -54,9 +55,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if !versionName.MatchString(cfg.Version) {
 		return nil, store.Invalid("version", fmt.Sprintf("%q is not an API version such as v1 or v2beta1", cfg.Version))
 	}
-	pc, err := pgxpool.ParseConfig(cfg.DSN)
+	pc, err := dsn.Parse(cfg.DSN)
 	if err != nil {
-		return nil, errors.New("open search store: the DSN cannot be parsed: use postgres://user:password@host:port/database or key=value pairs") // err repeats parts of the DSN
+		return nil, fmt.Errorf("open search store: %w", err)
 	}
 	s := &Store{cfg: cfg, schema: "search_" + cfg.Version}
 	if pc.MaxConns = int32(cfg.MaxConns); pc.MaxConns == 0 {
@@ -141,9 +142,7 @@ func (s *Store) Begin(ctx context.Context, shards feed.Range, schema string) (*s
 		if err != nil {
 			return err
 		}
-		filled, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (f search.Filled, err error) {
-			return f, row.Scan(&f.Shards.From, &f.Shards.To, &f.Schema, &f.Cursor)
-		})
+		filled, err := pgx.CollectRows(rows, scanFilled)
 		if err != nil {
 			return err
 		}

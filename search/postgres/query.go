@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -28,6 +29,9 @@ func (s *Store) Search(ctx context.Context, q search.Query) (*search.Result, err
 		return nil, err
 	}
 	b := statement{where: c.Where, args: c.Args}
+	if narrow := b.contained(p.Where, p.Type.Search); narrow != "" {
+		b.where += " AND " + narrow
+	}
 	b.score = "0::float4"
 	if p.Text != "" {
 		b.text = "websearch_to_tsquery('english', " + b.arg(p.Text, "text") + ")"
@@ -61,6 +65,54 @@ type statement struct {
 func (b *statement) arg(v any, typ string) string {
 	b.args = append(b.args, v)
 	return fmt.Sprintf("$%d::%s", len(b.args), typ)
+}
+
+// contained is a condition that follows from the filter n and that the index of body can answer; empty without one. It only ever narrows down: the filter itself is judged, too.
+func (b *statement) contained(n listquery.Node, s *descriptor.Search) string {
+	if n.Operator == "NOT" {
+		return ""
+	}
+	var parts []string
+	before := len(b.args)
+	for _, o := range n.Operands {
+		part := b.contained(o, s)
+		if part == "" && n.Operator == "OR" {
+			b.args = b.args[:before] // PostgreSQL takes no parameter that is not used
+			return ""                // anything may match
+		}
+		if part != "" {
+			parts = append(parts, part)
+		}
+	}
+	c := n.Comparison
+	switch {
+	case c == nil && len(parts) == 0:
+		return ""
+	case c == nil:
+		return "(" + strings.Join(parts, " "+n.Operator+" ") + ")"
+	case !c.Body || c.Pattern != nil || c.Present() || c.Operator != "=" && c.Operator != ":":
+		return ""
+	}
+	var value any = c.Value
+	if c.Number() || c.Boolean() {
+		if value = json.RawMessage(c.Value); !json.Valid([]byte(c.Value)) {
+			return ""
+		}
+	}
+	if f := s.Filter(c.Field); f == nil {
+		return ""
+	} else if f.List {
+		value = []any{value}
+	}
+	path := strings.Split(c.Field, ".")
+	for i := range path {
+		value = map[string]any{path[len(path)-1-i]: value}
+	}
+	text, err := json.Marshal(value)
+	if err != nil {
+		return "" // without it the filter costs more, and says the same
+	}
+	return "body @> " + b.arg(string(text), "jsonb")
 }
 
 // facet counts the values at a path.

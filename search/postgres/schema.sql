@@ -41,6 +41,7 @@ CREATE TABLE documents (
 CREATE INDEX documents_tsv ON documents USING gin (tsv);
 CREATE INDEX documents_shard ON documents (shard);
 CREATE INDEX documents_type ON documents (type);
+CREATE INDEX documents_body ON documents USING gin (body jsonb_path_ops); -- filters by exact values
 
 -- Without its documents no cursor is good.
 CREATE FUNCTION forget() RETURNS trigger LANGUAGE plpgsql AS $$

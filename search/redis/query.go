@@ -23,20 +23,16 @@ const (
 	maxCandidates = 100_000
 )
 
-// Search implements search.Store. Hits are ordered by name.
+// Search implements search.Store. Without a text, the indexes of a plain Redis answer whatever the server has, and hits are ordered by name.
 func (s *Store) Search(ctx context.Context, q search.Query) (*search.Result, error) {
 	p, err := q.Plan()
 	if err != nil {
 		return nil, err
 	}
 	if p.Text != "" {
-		return nil, store.Errorf(store.FailedPrecondition, "", "full text is not available: the search store of this Deployment is Redis, which has indexes for filters only. "+
-			"Search with a filter (exact values, prefixes such as \"lib*\", ranges), or set spec.search.type of the Deployment to Postgres")
+		return s.searchText(ctx, p)
 	}
-	c := &collector{plan: p, result: &search.Result{}, counts: make([]map[string]int64, len(p.Facets))}
-	for i := range c.counts {
-		c.counts[i] = map[string]int64{}
-	}
+	c := newCollector(p)
 	if err := s.scan(ctx, p, c.take); err != nil {
 		return nil, wrap(err, "search")
 	}
@@ -51,8 +47,31 @@ type collector struct {
 	counts []map[string]int64 // of the values of each facet
 }
 
+func newCollector(p search.Plan) *collector {
+	c := &collector{plan: p, result: &search.Result{}, counts: make([]map[string]int64, len(p.Facets))}
+	for i := range c.counts {
+		c.counts[i] = map[string]int64{}
+	}
+	return c
+}
+
 // take is told of everything that matches, in the order of names. It returns false when it has enough.
 func (c *collector) take(h search.Hit, values map[string]any) bool {
+	c.count(values)
+	hits := &c.result.Hits
+	switch {
+	case c.plan.After != nil && h.Name <= c.plan.After.Name:
+	case len(*hits) < c.plan.Size:
+		*hits = append(*hits, h)
+	case c.result.NextPageToken == "":
+		c.result.NextPageToken = c.plan.Token(search.Position{Name: (*hits)[len(*hits)-1].Name})
+		return len(c.plan.Facets) > 0 // facets are of all that matches
+	}
+	return true
+}
+
+// count counts the values of one hit.
+func (c *collector) count(values map[string]any) {
 	for i, path := range c.plan.Facets {
 		list, ok := search.At(values, path).([]any)
 		if !ok {
@@ -64,16 +83,6 @@ func (c *collector) take(h search.Hit, values map[string]any) bool {
 			}
 		}
 	}
-	hits := &c.result.Hits
-	switch {
-	case c.plan.After != nil && h.Name <= c.plan.After.Name:
-	case len(*hits) < c.plan.Size:
-		*hits = append(*hits, h)
-	case c.result.NextPageToken == "":
-		c.result.NextPageToken = c.plan.Token(search.Position{Name: (*hits)[len(*hits)-1].Name})
-		return len(c.plan.Facets) > 0 // facets are of all that matches
-	}
-	return true
 }
 
 func facetText(v any) (string, bool) {

@@ -1,19 +1,30 @@
-// Package redis is a search store on Redis: exact-match, prefix and range indexes of the declared filters.
+// Package redis is a search store on Redis: exact-match, prefix and range indexes of the declared filters, and full text where the server has the Query Engine.
 //
 // A document is a hash. A filter of strings is a sorted set of value, NUL and name, in which exact values and prefixes are ranges; a filter of numbers is one whose
 // scores are the numbers. What an index finds is checked on the documents, so an index only ever narrows a search. A script writes a document with its index
 // entries in one step; the cursor follows at the end of a batch, and a batch that was cut off is repeated.
 //
+// The Query Engine (version 2.4 and later of the module, as in Redis 8) indexes the same hashes by itself, so that one mechanism feeds both. It answers queries with a text: candidates
+// that are judged again on the documents. A server that has none, or an old one, refuses full text and says why. This part has been tested against the documented protocol, and
+// not run against a server with the Query Engine.
+//
+//	redis.go, scripts.go     documents, leases, digests
+//	query.go                 queries without a text
+//	engine_query.go          pure: indexes and queries in the language of the Query Engine
+//	engine.go                the Query Engine: is it there, its indexes, its answers
+//
 // The server should not evict keys (maxmemory-policy noeviction): evicted documents are missing until the next audit.
 package redis
 
 import (
+	"cmp"
 	"context"
 	"crypto/md5" //nolint:gosec // the digest is compared with one of PostgreSQL; it protects nothing
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strconv"
@@ -36,6 +47,10 @@ type Config struct {
 	Service, Region, Version string
 	// Ring is the number of shards of the service.
 	Ring int
+	// Declared returns the schema in force, for the indexes of the Query Engine. Without it, an index is made by the first search of its type.
+	Declared func() *descriptor.Version
+	// Logger is told what the server can do. Default: none.
+	Logger *slog.Logger
 }
 
 // Store is a search.Store on Redis.
@@ -43,6 +58,10 @@ type Store struct {
 	prefix string // of all keys; its braces keep them in one slot of a cluster
 	ring   int
 	client *goredis.Client
+
+	declared func() *descriptor.Version
+	log      *slog.Logger
+	engine   engine
 }
 
 var _ search.Store = (*Store)(nil)
@@ -55,8 +74,21 @@ func Open(cfg Config) (*Store, error) {
 	}
 	o.DisableIdentity = true
 	o.ClientName = "db-controller"
-	return &Store{prefix: fmt.Sprintf("dbc-search-1:{%s/%s/%s}:", cfg.Service, cfg.Region, cfg.Version), ring: cfg.Ring, client: goredis.NewClient(o)}, nil
+	o.Protocol = 2 // the form in which answers of the Query Engine are documented for all versions
+	s := &Store{
+		prefix: fmt.Sprintf("dbc-search-1:{%s/%s/%s}:", cfg.Service, cfg.Region, cfg.Version), ring: cfg.Ring,
+		declared: cfg.Declared, log: cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler)),
+	}
+	o.OnConnect = func(context.Context, *goredis.Conn) error {
+		s.engine.conns.Add(1)
+		return nil
+	}
+	s.client = goredis.NewClient(o)
+	return s, nil
 }
+
+// PoolStats returns the state of the connections.
+func (s *Store) PoolStats() *goredis.PoolStats { return s.client.PoolStats() }
 
 // Close ends all connections.
 func (s *Store) Close() { _ = s.client.Close() }
@@ -117,16 +149,14 @@ func (s *Store) Begin(ctx context.Context, shards feed.Range, schema string) (*s
 		var all []search.Filled
 		var gone, keys []string
 		for field, text := range entries {
-			var f search.Filled
-			var value filled
-			if _, err := fmt.Sscanf(field, "%d-%d", &f.Shards.From, &f.Shards.To); err != nil || json.Unmarshal([]byte(text), &value) != nil {
+			f, ok := parseFilled(field, text)
+			if !ok {
 				gone = append(gone, field) // written by hand
 				continue
 			}
 			if f.Shards.From < shards.To && shards.From < f.Shards.To {
 				gone, keys = append(gone, field), append(keys, s.leaseKey(f.Shards))
 			}
-			f.Schema, f.Cursor = value.Schema, value.Cursor
 			all = append(all, f)
 		}
 		token, left := search.Carve(all, shards, schema)
@@ -157,6 +187,7 @@ func (s *Store) Begin(ctx context.Context, shards feed.Range, schema string) (*s
 		if err != nil {
 			return nil, feed.Cursor{}, wrap(err, "be opened")
 		}
+		s.prepare(ctx)
 		return lease, cursor, nil
 	}
 }
@@ -226,7 +257,11 @@ func (s *Store) pipeline(ctx context.Context, calls ...func(goredis.Pipeliner)) 
 
 // fields are the arguments of upsert for a document.
 func fields(d search.Document) ([]any, error) {
-	places, err := places(d)
+	values, err := search.ParseValues(d.Values)
+	if err != nil {
+		return nil, fmt.Errorf("index %s: %w", d.Name, err)
+	}
+	places, err := places(d, values)
 	if err != nil {
 		return nil, err
 	}
@@ -237,32 +272,19 @@ func fields(d search.Document) ([]any, error) {
 	}
 	args := []any{d.Type, d.UUID, d.Version.Epoch, d.Version.Number, d.Shard, d.Fingerprint}
 	for _, t := range texts {
-		args = append(args, strings.Join(t, "\x1f"))
+		args = append(args, textFor(t))
 	}
-	return append(args, string(d.Values), places), nil
+	return append(append(args, string(d.Values), places), engineFields(d.Name, values)...), nil
 }
 
 // maxIndexed bytes of a string are indexed.
 const maxIndexed = 256
 
 // places returns where a document stands in the indexes, as upsert takes it: all values that it has, and its type.
-func places(d search.Document) (string, error) {
+func places(d search.Document, values map[string]any) (string, error) {
 	list := [][3]any{{"t:" + d.Type, 0, d.Name}}
-	values, err := search.ParseValues(d.Values)
-	if err != nil {
-		return "", fmt.Errorf("index %s: %w", d.Name, err)
-	}
-	var walk func(path string, value any)
-	walk = func(path string, value any) {
+	leaves("", values, func(path string, value any) {
 		switch v := value.(type) {
-		case map[string]any:
-			for _, name := range slices.Sorted(maps.Keys(v)) {
-				walk(strings.TrimPrefix(path+"."+name, "."), v[name])
-			}
-		case []any:
-			for _, item := range v {
-				walk(path, item)
-			}
 		case json.Number:
 			list = append(list, [3]any{numbers(d.Type, path), score(v), string(v) + "\x00" + d.Name})
 		case string:
@@ -270,10 +292,25 @@ func places(d search.Document) (string, error) {
 		case bool:
 			list = append(list, [3]any{strs(d.Type, path), 0, strconv.FormatBool(v) + "\x00" + d.Name})
 		}
-	}
-	walk("", values)
+	})
 	text, err := json.Marshal(list)
 	return string(text), err
+}
+
+// leaves calls visit for each value that is no object and no list, in the order of paths.
+func leaves(path string, value any, visit func(path string, value any)) {
+	switch v := value.(type) {
+	case map[string]any:
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			leaves(strings.TrimPrefix(path+"."+name, "."), v[name], visit)
+		}
+	case []any:
+		for _, item := range v {
+			leaves(path, item, visit)
+		}
+	default:
+		visit(path, v)
+	}
 }
 
 func numbers(typ, path string) string { return "y:" + typ + ":" + path }
@@ -305,6 +342,8 @@ type inspected struct {
 	version                      store.Version
 	shard                        int32
 	whole                        bool
+	sum                          int64 // of what it is, whole or not
+	named                        bool  // among all names, so that it is found
 }
 
 // inspectSize is how many documents one call of inspect looks at: it must not hold up the server.
@@ -315,36 +354,25 @@ func (s *Store) lex(ctx context.Context, key, from, to string, limit int64) ([]s
 	return s.client.ZRangeArgs(ctx, goredis.ZRangeArgs{Key: s.key(key), Start: from, Stop: to, ByLex: true, Count: limit}).Result()
 }
 
-// each calls visit for each document behind after, ordered by name.
-func (s *Store) each(ctx context.Context, after string, visit func(inspected) error) error {
+// each calls visit for each document with a name in (after, to], ordered by name; an empty to is no end.
+func (s *Store) each(ctx context.Context, after, to string, visit func(inspected) error) error {
+	end := "+"
+	if to != "" {
+		end = "[" + to
+	}
 	for {
-		names, err := s.lex(ctx, "n", "("+after, "+", inspectSize)
+		names, err := s.lex(ctx, "n", "("+after, end, inspectSize)
 		if err != nil {
 			return err
 		}
 		if len(names) == 0 {
 			return nil
 		}
-		args := []any{s.prefix}
-		for _, n := range names {
-			args = append(args, n)
-		}
-		rows, err := inspect.Run(ctx, s.client, []string{s.key("n")}, args...).Slice()
+		docs, err := s.inspect(ctx, s.client, names)
 		if err != nil {
 			return err
 		}
-		for i, r := range rows {
-			row, ok := r.([]any)
-			if !ok || len(row) != 7 {
-				return fmt.Errorf("inspect %s: an answer of another form", names[i])
-			}
-			text := func(n int) string { t, _ := row[n].(string); return t }
-			d := inspected{name: names[i], typ: text(0), uuid: text(1), fingerprint: text(5), whole: row[6] == int64(1)}
-			var errs [2]error
-			d.version.Epoch, errs[0] = strconv.ParseInt(text(2), 10, 64)
-			d.version.Number, errs[1] = strconv.ParseInt(text(3), 10, 64)
-			d.shard = int32(descriptor.Shard(d.name, s.ring)) // what it says itself may have been changed by hand
-			d.whole = d.whole && errors.Join(errs[:]...) == nil
+		for _, d := range docs {
 			if err := visit(d); err != nil {
 				return err
 			}
@@ -353,11 +381,55 @@ func (s *Store) each(ctx context.Context, after string, visit func(inspected) er
 	}
 }
 
+// inspect looks at the documents of names, at most inspectSize.
+func (s *Store) inspect(ctx context.Context, c goredis.Scripter, names []string) ([]inspected, error) {
+	args := []any{s.prefix}
+	for _, n := range names {
+		args = append(args, n)
+	}
+	rows, err := inspect.Run(ctx, c, []string{s.key("n")}, args...).Slice()
+	if err != nil {
+		return nil, err
+	}
+	docs := make([]inspected, len(rows))
+	for i, r := range rows {
+		row, ok := r.([]any)
+		if !ok || len(row) != 9 {
+			return nil, fmt.Errorf("inspect %s: an answer of another form", names[i])
+		}
+		text := func(n int) string { t, _ := row[n].(string); return t }
+		d := inspected{name: names[i], typ: text(0), uuid: text(1), fingerprint: text(5), whole: row[6] == int64(1), named: row[8] == int64(1)}
+		var errs [2]error
+		d.version.Epoch, errs[0] = strconv.ParseInt(text(2), 10, 64)
+		d.version.Number, errs[1] = strconv.ParseInt(text(3), 10, 64)
+		d.shard = int32(descriptor.Shard(d.name, s.ring)) // what it says itself may have been changed by hand
+		d.whole = d.whole && errors.Join(errs[:]...) == nil
+		sum, err := strconv.ParseUint(text(7)[:min(16, len(text(7)))], 16, 64)
+		if err != nil {
+			return nil, fmt.Errorf("inspect %s: %w", names[i], err)
+		}
+		d.sum = int64(sum)
+		docs[i] = d
+	}
+	return docs, nil
+}
+
+// current says whether the document is whole and of the present declarations.
+func (d inspected) current(types search.Types) bool {
+	return d.whole && types[d.typ] == d.fingerprint
+}
+
+// hash is that of a document which is current, as PostgreSQL makes it.
+func (d inspected) hash() int64 {
+	sum := md5.Sum(fmt.Appendf(nil, "%s%s%d.%d%s", d.name, d.uuid, d.version.Epoch, d.version.Number, d.fingerprint))
+	return int64(binary.BigEndian.Uint64(sum[:8]))
+}
+
 // Digests implements search.Store. It reads the documents within the server and their versions from it; a document that is not whole makes the digest differ from
 // any that the database can have.
 func (s *Store) Digests(ctx context.Context, shards feed.Range, types search.Types) ([]search.ShardDigest, error) {
 	byShard := map[int32]*search.ShardDigest{}
-	err := s.each(ctx, "", func(d inspected) error {
+	err := s.each(ctx, "", "", func(d inspected) error {
 		if d.shard < shards.From || d.shard >= shards.To {
 			return nil
 		}
@@ -366,12 +438,11 @@ func (s *Store) Digests(ctx context.Context, shards feed.Range, types search.Typ
 			g = &search.ShardDigest{Shard: d.shard}
 			byShard[d.shard] = g
 		}
-		if g.Count++; !d.whole || types[d.typ] != d.fingerprint {
+		if g.Count++; !d.current(types) {
 			g.Count += 1_000_000_000_000
 			return nil
 		}
-		sum := md5.Sum(fmt.Appendf(nil, "%s%s%d.%d%s", d.name, d.uuid, d.version.Epoch, d.version.Number, d.fingerprint))
-		g.Hash ^= int64(binary.BigEndian.Uint64(sum[:8]))
+		g.Hash ^= d.hash()
 		return nil
 	})
 	if err != nil {
@@ -391,11 +462,11 @@ func (s *Store) Versions(ctx context.Context, shards []int32, types search.Types
 		asked[shard] = true
 	}
 	var failed error
-	err := s.each(ctx, after, func(d inspected) error {
+	err := s.each(ctx, after, "", func(d inspected) error {
 		if !asked[d.shard] {
 			return nil
 		}
-		if !d.whole || types[d.typ] != d.fingerprint {
+		if !d.current(types) {
 			d.version = search.Damaged
 		}
 		failed = emit(d.name, d.version)

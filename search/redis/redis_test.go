@@ -81,6 +81,9 @@ func TestByHand(t *testing.T) {
 		"version":     func() error { return c.HSet(ctx, key, "v", "4").Err() },
 		"no version":  func() error { return c.HDel(ctx, key, "v").Err() },
 		"places":      func() error { return c.HSet(ctx, key, "i", "[[").Err() },
+		"engine tag":  func() error { return c.HSet(ctx, key, "x:genre", "v61").Err() },
+		"engine path": func() error { return c.HDel(ctx, key, "p").Err() },
+		"more fields": func() error { return c.HSet(ctx, key, "y:labels", "5").Err() },
 		"document":    func() error { return c.Del(ctx, key).Err() },
 		"index entry": func() error { return c.Del(ctx, p+"x:Book:genre").Err() },
 		"number": func() error {

@@ -123,6 +123,7 @@ var all = feed.Range{To: Ring}
 func Run(t *testing.T, cfg Config) {
 	t.Run("versions decide, and digests tell", func(t *testing.T) { testApply(t, cfg.Open(t)) })
 	t.Run("a lease notices what happened to the store", func(t *testing.T) { testLease(t, cfg.Open(t)) })
+	t.Run("looks, ranges and mending", func(t *testing.T) { testMend(t, cfg.Open(t)) })
 	t.Run("filters, facets and pages", func(t *testing.T) { testFilters(t, cfg.Open(t)) })
 	if cfg.FullText {
 		t.Run("full text", func(t *testing.T) { testText(t, cfg.Open(t)) })
@@ -282,6 +283,73 @@ func testLease(t *testing.T, s search.Store) {
 		t.Errorf("cursor under another schema: %v, %v", c, err)
 	}
 	f.begin(feed.Cursor{}) // the parts are complete up to different cursors
+}
+
+func testMend(t *testing.T, s search.Store) {
+	f := newFixture(t, s)
+	ctx := t.Context()
+	a, b, c := f.doc("shelves/a/books/a", 2, Body{Title: "first"}), f.doc("shelves/a/books/b", 5, Body{Genre: "x"}), f.doc("shelves/b/books/c", 1, Body{})
+	f.apply(search.Batch{Upserts: []search.Document{a, b, c}, Cursor: cursorAt(10)})
+	look := func(types search.Types, names ...string) []search.RowHash {
+		t.Helper()
+		all, err := s.Look(ctx, types, names)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	rowHash := func(d search.Document) search.RowHash {
+		return search.RowHash{Name: d.Name, Type: d.Type, Version: d.Version, Hash: Digests(d)[0].Hash, Held: true}
+	}
+	if got, want := look(f.types, c.Name, a.Name, "shelves/x/books/none"), []search.RowHash{rowHash(a), rowHash(c)}; !slices.Equal(got, want) {
+		t.Errorf("look: %+v, want %+v", got, want)
+	}
+	to := []string{"shelves/a/books/a", "shelves/a/books/z", "shelves/a/books/zz", "\U0010FFFF"}
+	got, err := s.Ranges(ctx, f.types, nil, "", to)
+	want := []search.RangeDigest{{To: to[0], Count: 1, Hash: rowHash(a).Hash}, {To: to[1], Count: 1, Hash: rowHash(b).Hash}, {To: to[2]}, {To: to[3], Count: 1, Hash: rowHash(c).Hash}}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("ranges: %v, %v, want %v", got, err, want)
+	}
+	if got, err := s.Ranges(ctx, f.types, []string{"Shelf"}, "", to[3:]); err != nil || got[0].Count != 0 {
+		t.Errorf("ranges of another type: %v, %v", got, err)
+	}
+	var listed []search.RowHash
+	err = s.Hashes(ctx, f.types, []string{"Book"}, a.Name, c.Name, func(r search.RowHash) error { listed = append(listed, r); return nil })
+	if want := []search.RowHash{rowHash(b), rowHash(c)}; err != nil || !slices.Equal(listed, want) {
+		t.Errorf("hashes: %+v, %v, want %+v", listed, err, want)
+	}
+	if err := s.Hashes(ctx, f.types, nil, "", to[3], func(search.RowHash) error { return errors.ErrUnsupported }); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("the error of emit: %v", err)
+	}
+	other := look(search.Types{"Book": "another declaration"}, a.Name)
+	if other[0].Version != search.Damaged || other[0].Hash == rowHash(a).Hash {
+		t.Errorf("a document of another declaration: %+v", other[0])
+	}
+
+	mend := func(docs []search.Document, ghosts []string, seen ...search.RowHash) {
+		t.Helper()
+		if err := s.Mend(ctx, f.types, docs, ghosts, seen); err != nil {
+			t.Fatal(err)
+		}
+	}
+	older, fresh := f.doc(a.Name, 1, Body{Title: "older, and right"}), f.doc("shelves/c/books/d", 1, Body{})
+	moved := rowHash(b)
+	moved.Hash++
+	mend([]search.Document{older, f.doc(b.Name, 9, Body{}), f.doc(c.Name, 9, Body{}), fresh}, []string{"shelves/x/books/none"}, rowHash(a), moved)
+	f.expect("only what is as it was seen, or was not there, is written", older, b, c, fresh)
+	mend(nil, []string{b.Name, c.Name}, moved, rowHash(c))
+	f.expect("only what is as it was seen is deleted", older, b, fresh)
+	if err := s.Check(ctx, f.lease); err != nil {
+		t.Errorf("the lease after mending: %v", err)
+	}
+	filled, err := s.Filled(ctx, all)
+	if err != nil || len(filled) != 1 || filled[0].Shards != all || filled[0].Schema != "schema" || filled[0].Cursor != cursorAt(10).Token() {
+		t.Errorf("filled: %+v, %v", filled, err)
+	}
+	hits := f.search(search.Query{Type: f.v.Type("Book"), Filter: `genre = "x"`}).Hits
+	if len(hits) != 1 || hits[0].Name != b.Name {
+		t.Errorf("found %v by a filter after mending", hits)
+	}
 }
 
 func (f *fixture) search(q search.Query) *search.Result {

@@ -4,7 +4,16 @@ import (
 	"errors"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
 )
+
+// PoolStats returns the state of the connections that reads use; zero while there are none.
+func (s *Store) PoolStats() *redis.PoolStats {
+	if v := s.view.Load(); v != nil {
+		return v.rdb.PoolStats()
+	}
+	return new(redis.PoolStats)
+}
 
 type metrics struct {
 	hit, miss, bypass, error                 prometheus.Counter
@@ -28,7 +37,7 @@ func newMetrics(r prometheus.Registerer, live func() bool) (*metrics, error) {
 		listBypass: requests.WithLabelValues(page, "bypass"), listError: requests.WithLabelValues(page, "error"),
 		age: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "dbcontroller_cache_entry_age_seconds",
-			Help:    "How long ago what was a hit had been read from the database.",
+			Help:    "Seconds since what was a hit had been read from the database.",
 			Buckets: []float64{.01, .1, 1, 10, 60, 600, 3600},
 		}),
 		invalidated: prometheus.NewCounter(prometheus.CounterOpts{

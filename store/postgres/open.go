@@ -7,6 +7,7 @@
 //     a conflict; a masked write reads first)
 //   - the change feed sees each commit, and the version of a name never goes down within a feed epoch
 //   - read copies are merged only from their owner and only forwards; owned rows are never touched by a merge
+//   - nothing is written under a claim on shards that has been revoked
 //   - values are parameters, always; the one identifier that is not constant, the version's schema, is checked and set as search_path
 //
 // Driver errors do not leave the package: callers see store.Error.
@@ -19,12 +20,14 @@ import (
 	"log/slog"
 	"regexp"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/dbcontroller/db-controller/internal/dsn"
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/feed"
 )
@@ -55,7 +58,8 @@ type Store struct {
 	feed *feed.Feed
 	log  *slog.Logger
 
-	peerEpochs sync.Map // region -> the epoch that ctl.peer_epoch is known to hold
+	peerEpochs sync.Map     // region -> the epoch that ctl.peer_epoch is known to hold
+	fenced     atomic.Int64 // writes that were refused because their claim had been revoked
 }
 
 var versionName = regexp.MustCompile(`^v[1-9][0-9]*((alpha|beta)[1-9][0-9]*)?$`)
@@ -74,9 +78,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if !versionName.MatchString(cfg.Version) {
 		return nil, store.Invalid("version", fmt.Sprintf("%q is not an API version such as v1 or v2beta1", cfg.Version))
 	}
-	pc, err := pgxpool.ParseConfig(cfg.DSN)
+	pc, err := dsn.Parse(cfg.DSN)
 	if err != nil {
-		return nil, errors.New("open database: the DSN cannot be parsed: use postgres://user:password@host:port/database or key=value pairs") // err repeats parts of the DSN
+		return nil, fmt.Errorf("open database: %w", err)
 	}
 	if err := migrate(ctx, pc.ConnConfig.Copy(), cfg); err != nil {
 		return nil, wrap(err, "migrate the database of %s in %s", cfg.Service, cfg.Region)
@@ -101,6 +105,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	pc.AfterConnect = func(ctx context.Context, c *pgx.Conn) error {
 		return c.QueryRow(ctx, "SELECT ctl.prove_epoch()").Scan(nil)
 	}
+	s.fence(pc)
 	if s.pool, err = pgxpool.NewWithConfig(ctx, pc); err != nil {
 		return nil, wrap(err, "open database of %s in %s", cfg.Service, cfg.Region)
 	}
@@ -166,6 +171,9 @@ func wrap(err error, format string, args ...any) error {
 	var pe *pgconn.PgError
 	if !errors.As(err, &pe) {
 		return &store.Error{Code: store.Unavailable, Reason: reason, Cause: err}
+	}
+	if pe.Code == stateFenced {
+		return store.Fenced(reason + ": other nodes have taken over these shards")
 	}
 	switch pe.Code[:2] {
 	case "08", "40", "53", "55", "57", "58", "25": // connection, rollback, resources, lock not available, shutdown, I/O, standby or timeout

@@ -56,25 +56,31 @@ func (s *Store) List(ctx context.Context, q store.Query) (*store.Page, error) {
 		return nil, err
 	}
 	var page store.Page
-	var keys []string
+	var key string // of the last resource
 	err = s.scan(ctx, func(tx pgx.Tx) error {
 		rows, err := tx.Query(ctx, "SELECT "+c.Key+", "+row.ResourceColumns+" FROM resources WHERE state <> 2 AND "+c.Where+
 			" ORDER BY "+c.OrderBy+" LIMIT "+strconv.Itoa(c.PageSize+1), c.Args...)
 		if err != nil {
 			return err
 		}
-		page.Resources, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (*store.Resource, error) {
-			keys = append(keys, "")
-			return row.ScanResource(r, &keys[len(keys)-1])
-		})
-		return err
+		defer rows.Close()
+		for size := 0; rows.Next(); {
+			if n := len(page.Resources); n == c.PageSize || size >= store.MaxPageBytes {
+				page.NextPageToken = c.NextToken(key)
+				break
+			}
+			r, err := row.ScanResource(rows, &key)
+			if err != nil {
+				return err
+			}
+			page.Resources = append(page.Resources, r)
+			size += len(r.Body)
+		}
+		rows.Close()
+		return rows.Err()
 	})
 	if err != nil {
 		return nil, wrap(err, "list %s", q.Type)
-	}
-	if len(page.Resources) > c.PageSize {
-		page.Resources = page.Resources[:c.PageSize]
-		page.NextPageToken = c.NextToken(keys[c.PageSize-1])
 	}
 	return &page, nil
 }

@@ -69,3 +69,29 @@ func (s *Store) SearchNames(ctx context.Context, names []string, types SearchTyp
 		return rows.Err()
 	}(), "read rows by name for search")
 }
+
+// searched are the rows of types, with the hash of what the digests of shards take of a row.
+func searched(types SearchTypes) side {
+	return side{`state <> 2 AND $1::jsonb ? t.type`, types,
+		`('x' || left(md5(t.name || t.uuid || t.epoch || '.' || t.resource_version || coalesce($1::jsonb ->> t.type, '')), 16))::bit(64)::bigint`}
+}
+
+// SearchRanges is OwnedRanges for the rows of types that are searched; only narrows them down (none: all).
+func (s *Store) SearchRanges(ctx context.Context, types SearchTypes, only []string, after string, size, parts int) (Ranges, error) {
+	r, err := s.ranges(ctx, searched(types), only, after, size, parts)
+	return r, wrap(err, "digest rows for search")
+}
+
+// SearchHashes is OwnedHashes for the rows of types that are searched.
+func (s *Store) SearchHashes(ctx context.Context, types SearchTypes, only []string, after, to string, emit func(RowHash) error) error {
+	return wrap(s.hashes(ctx, searched(types), only, after, to, emit), "list rows for search")
+}
+
+// LookSearched is LookOwned for the rows of types that are searched, with the epoch in which Change counts.
+func (s *Store) LookSearched(ctx context.Context, types SearchTypes, names []string) (all []RowHash, epoch int64, err error) {
+	if epoch, err = s.Epoch(ctx); err != nil {
+		return nil, 0, err
+	}
+	all, err = s.look(ctx, searched(types), names)
+	return all, epoch, wrap(err, "look at %d rows for search", len(names))
+}

@@ -65,17 +65,18 @@ type RowHash struct {
 	Change uint64
 }
 
-// side is one of the two sets that are compared: a condition with the parameter $1.
+// side is one of the sets that are compared: a condition with the parameter $1, and the hash of what is compared of a row.
 type side struct {
 	condition string
 	param     any
+	hash      string
 }
 
 func owned(region string) side {
-	return side{`owning_region = (SELECT region FROM ctl.deployment_state) AND state <> 2 AND regions && $1`, row.RegionKeys(region)}
+	return side{`owning_region = (SELECT region FROM ctl.deployment_state) AND state <> 2 AND regions && $1`, row.RegionKeys(region), contentHash}
 }
 
-func copies(owner string) side { return side{`owning_region = $1 AND state <> 2`, owner} }
+func copies(owner string) side { return side{`owning_region = $1 AND state <> 2`, owner, contentHash} }
 
 func (s *Store) countRows(ctx context.Context) (n int64, err error) {
 	err = s.scan(ctx, func(tx pgx.Tx) error { return tx.QueryRow(ctx, "SELECT count(*) FROM resources").Scan(&n) })
@@ -85,6 +86,11 @@ func (s *Store) countRows(ctx context.Context) (n int64, err error) {
 // OwnedRanges digests the owned rows that region should hold, of the given types (none: all), in up to parts ranges behind after, of size rows of the table each. The last range of
 // all ends with LastName.
 func (s *Store) OwnedRanges(ctx context.Context, region string, types []string, after string, size, parts int) (Ranges, error) {
+	r, err := s.ranges(ctx, owned(region), types, after, size, parts)
+	return r, wrap(err, "digest rows for %s", region)
+}
+
+func (s *Store) ranges(ctx context.Context, of side, types []string, after string, size, parts int) (Ranges, error) {
 	var r Ranges
 	if after == "" {
 		var err error
@@ -92,18 +98,17 @@ func (s *Store) OwnedRanges(ctx context.Context, region string, types []string, 
 			return r, err
 		}
 	}
-	of := owned(region)
 	rows, err := s.pool.Query(ctx, `
 		WITH scanned AS MATERIALIZED (
 			SELECT name, hash, (row_number() OVER (ORDER BY name) - 1) / $4::bigint AS part FROM (
-				SELECT name, CASE WHEN `+of.condition+` AND `+ofTypes+` THEN `+contentHash+` END AS hash
+				SELECT name, CASE WHEN `+of.condition+` AND `+ofTypes+` THEN `+of.hash+` END AS hash
 				FROM (SELECT * FROM resources WHERE name > $3 ORDER BY name LIMIT $4::bigint * $5::bigint) t OFFSET 0) h
 		), digests AS (
 			SELECT max(name) AS upto, count(hash) AS count, coalesce(bit_xor(hash), 0) AS hash, count(*) AS scanned FROM scanned GROUP BY part
 		)
 		SELECT upto, count, hash, scanned, epoch, clock_timestamp() FROM ctl.feed_epoch LEFT JOIN digests ON true ORDER BY upto`, of.param, notNil(types), after, size, parts)
 	if err != nil {
-		return r, wrap(err, "digest rows for %s", region)
+		return r, err
 	}
 	var to *string
 	var count, hash, scanned *int64
@@ -115,7 +120,7 @@ func (s *Store) OwnedRanges(ctx context.Context, region string, types []string, 
 		return nil
 	})
 	if err != nil {
-		return r, wrap(err, "digest rows for %s", region)
+		return r, err
 	}
 	if r.Scanned < int64(size)*int64(parts) { // the table ends here
 		if len(r.Ranges) == 0 {
@@ -131,7 +136,7 @@ func (s *Store) CopyRanges(ctx context.Context, owner string, types []string, af
 	from := append([]string{after}, to[:max(0, len(to)-1)]...)
 	of := copies(owner)
 	rows, err := s.pool.Query(ctx, `SELECT r.upto, d.count, d.hash FROM unnest($3::text[], $4::text[]) WITH ORDINALITY AS r (after, upto, i),
-		LATERAL (SELECT count(*) AS count, coalesce(bit_xor(`+contentHash+`), 0) AS hash FROM resources t
+		LATERAL (SELECT count(*) AS count, coalesce(bit_xor(`+of.hash+`), 0) AS hash FROM resources t
 			WHERE name > r.after AND name <= r.upto AND `+of.condition+` AND `+ofTypes+` OFFSET 0) d ORDER BY r.i`, of.param, notNil(types), from, to)
 	if err != nil {
 		return nil, wrap(err, "digest copies of %s", owner)
@@ -151,7 +156,7 @@ func (s *Store) CopyHashes(ctx context.Context, owner string, types []string, af
 }
 
 func (s *Store) hashes(ctx context.Context, of side, types []string, after, to string, emit func(RowHash) error) error {
-	rows, err := s.pool.Query(ctx, "SELECT name, type, owning_region, epoch, resource_version, "+contentHash+", true, change::text::bigint FROM resources t WHERE name > $3 AND name <= $4 AND "+
+	rows, err := s.pool.Query(ctx, "SELECT name, type, owning_region, epoch, resource_version, "+of.hash+", true, change::text::bigint FROM resources t WHERE name > $3 AND name <= $4 AND "+
 		of.condition+" AND "+ofTypes+" ORDER BY name", of.param, notNil(types), after, to)
 	if err != nil {
 		return err
@@ -173,7 +178,7 @@ func (s *Store) LookCopies(ctx context.Context, owner string, names []string) ([
 
 func (s *Store) look(ctx context.Context, of side, names []string) (all []RowHash, err error) {
 	rows, err := s.pool.Query(ctx, `SELECT r.* FROM unnest($2::text[]) AS n, LATERAL (
-			SELECT name, type, owning_region, epoch, resource_version, `+contentHash+`, `+of.condition+`, change::text::bigint
+			SELECT name, type, owning_region, epoch, resource_version, `+of.hash+`, `+of.condition+`, change::text::bigint
 			FROM resources t WHERE name = n OFFSET 0) r ORDER BY 1`, of.param, notNil(names))
 	if err != nil {
 		return nil, err

@@ -135,12 +135,15 @@ func (s *Store) BatchWrite(ctx context.Context, writes []store.Write) ([]store.R
 	var err error
 	for attempt := range maxAttempts {
 		var results []store.Result
-		if attempt == 0 {
-			results, err = s.createAlone(ctx, writes)
-		}
-		if results == nil && (err == nil || attempt > 0) {
-			results, err = s.tryWrite(ctx, writes, attempt > 0)
-		}
+		err = reclaim(ctx, func() (err error) {
+			if attempt == 0 {
+				results, err = s.createAlone(ctx, writes)
+			}
+			if results == nil && (err == nil || attempt > 0) {
+				results, err = s.tryWrite(ctx, writes, attempt > 0)
+			}
+			return err
+		})
 		if err == nil {
 			if shards := s.changed(results); len(writes) > store.MaxBatch {
 				s.hub.Committed(true) // everybody: a cascade that large is everywhere

@@ -58,6 +58,7 @@ var benches = []bench{
 	{"cache", "resources/s that the cache answers (20,000), against the database and against plain GETs of the same bytes", cached},
 	{"policy-change", "resources/s that a change of a policy reaches at their owner (200,000), against one UPDATE", policyChange},
 	{"restart", "seconds from the start of a manager until its copies (2,000,000) are live, against a tenth of them", restart},
+	{"reshard", "seconds until every shard has a live owner again after deaths, on a real control plane; lag of writes while managers are scaled", reshard},
 	{"memory", "resident memory at 100,000 and at 2,000,000 resources", memory},
 }
 
@@ -69,6 +70,8 @@ type result struct {
 	Rival float64 `json:"rival"`
 	Unit  string  `json:"unit"`
 	Runs  int     `json:"runs"`
+	// Figures are those of a bench that measures more than one thing.
+	Figures map[string]any `json:"figures,omitempty"`
 }
 
 func main() {

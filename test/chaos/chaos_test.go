@@ -80,11 +80,15 @@ type world struct {
 	ca     *pki.CA
 	places map[string]*place
 	log    *slog.Logger
+	audit  time.Duration
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T) *world { return newWorldWith(t, time.Second) }
+
+// newWorldWith starts a world in which copies are audited at an interval.
+func newWorldWith(t *testing.T, audit time.Duration) *world {
 	t.Helper()
-	w := &world{t: t, reg: registry.New(), places: map[string]*place{}, log: slog.New(slog.DiscardHandler)}
+	w := &world{t: t, reg: registry.New(), places: map[string]*place{}, log: slog.New(slog.DiscardHandler), audit: audit}
 	if *verbose {
 		w.log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
@@ -178,7 +182,7 @@ func (w *world) start(p *place) {
 	err = retry(w.t.Context(), 30*time.Second, func() (err error) { // its database may be down
 		d, err = deployment.Open(w.t.Context(), deployment.Config{
 			Key: registry.Key{Service: "sites.example.com", Region: p.name}, Registry: w.reg, DSN: p.pg.DSN(p.name), TLS: source, Logger: w.log,
-			MaxShardsPerNode: 128, AuditInterval: time.Second,
+			MaxShardsPerNode: 128, AuditInterval: w.audit,
 			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				if l := byAddr[addr]; l != nil {
 					addr = l.Addr()

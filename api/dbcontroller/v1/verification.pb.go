@@ -77,7 +77,8 @@ func (RepairMode) EnumDescriptor() ([]byte, []int) {
 
 type VerifyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Regions whose rows are compared; empty: every other region of the service.
+	// Regions whose rows are compared with the copies here, and "@search" for the search store of the region, which is compared with its database; empty: every other region of the service, and
+	// the search store if there is one.
 	Peers []string `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"`
 	// Types to compare; empty: all.
 	Types  []string   `protobuf:"bytes,2,rep,name=types,proto3" json:"types,omitempty"`
@@ -414,7 +415,7 @@ type RowDifference struct {
 	Type  string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
 	// missing, extra, stale, ahead, content or owner.
 	Kind string `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
-	// Versions at the owner and of the copy, as epoch.number; empty where there is no such row.
+	// Versions at the owner and of the copy (of the row and of its document), as epoch.number; empty where there is no such row.
 	OwnerVersion string `protobuf:"bytes,4,opt,name=owner_version,json=ownerVersion,proto3" json:"owner_version,omitempty"`
 	CopyVersion  string `protobuf:"bytes,5,opt,name=copy_version,json=copyVersion,proto3" json:"copy_version,omitempty"`
 	// The copies had not received this change of the owner when the pass stopped waiting for it.

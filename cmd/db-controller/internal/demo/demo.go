@@ -66,6 +66,8 @@ type Config struct {
 	Cuts []Cut
 	// ExitWhenSynced ends the run when the load and the cuts are over and all databases agree.
 	ExitWhenSynced bool
+	// Version of the program, for the metrics.
+	Version string
 	// Timeout of a run with ExitWhenSynced.
 	Timeout time.Duration
 	// Insecure is plain text on loopback instead of mTLS.

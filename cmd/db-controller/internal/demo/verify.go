@@ -125,7 +125,8 @@ func (v *verification) pass(ctx context.Context, mode dbcontrollerv1.RepairMode,
 		dbcontrollerv1.RepairMode_REPAIR_MODE_REPAIR:  " --repair --apply",
 	}[mode]
 	c := dbcontrollerv1connect.NewVerificationClient(v.region.client, v.region.url)
-	stream, err := c.Verify(ctx, connect.NewRequest(&dbcontrollerv1.VerifyRequest{Repair: mode}))
+	others := slices.DeleteFunc(slices.Clone(Regions), func(r string) bool { return r == v.region.name }) // the search store follows a repair by itself
+	stream, err := c.Verify(ctx, connect.NewRequest(&dbcontrollerv1.VerifyRequest{Peers: others, Repair: mode}))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", command, err)
 	}

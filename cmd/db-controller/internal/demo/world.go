@@ -18,7 +18,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,6 +27,7 @@ import (
 	"github.com/dbcontroller/db-controller/cmd/db-controller/internal/fleet"
 	"github.com/dbcontroller/db-controller/config/samples"
 	"github.com/dbcontroller/db-controller/deployment"
+	"github.com/dbcontroller/db-controller/internal/dialguard"
 	"github.com/dbcontroller/db-controller/internal/netsim"
 	"github.com/dbcontroller/db-controller/internal/pgserver"
 	"github.com/dbcontroller/db-controller/internal/pki"
@@ -102,7 +102,7 @@ func open(ctx context.Context, cfg Config, log *slog.Logger) (_ *world, err erro
 			return nil, err
 		}
 	}
-	if err := w.run(log); err != nil {
+	if err := w.run(cfg, log); err != nil {
 		return nil, err
 	}
 	return w, w.waitReady(ctx)
@@ -351,7 +351,7 @@ func writeManifest(path string, documents []any) error {
 }
 
 // run starts what the manager and the apiserver commands start, for each region.
-func (w *world) run(log *slog.Logger) error {
+func (w *world) run(cfg Config, log *slog.Logger) error {
 	source, err := folder.New(w.registry, folder.Config{Dir: w.manifests, Logger: log})
 	if err != nil {
 		return err
@@ -363,7 +363,7 @@ func (w *world) run(log *slog.Logger) error {
 		address := r.listener.Addr().String()
 		r.fleet = fleet.New(fleet.Config{
 			Region: r.name, Registry: w.registry, Secrets: source, Manages: true, Logger: log,
-			Template: deployment.Config{DialContext: r.dial},
+			Template: deployment.Config{DialContext: dialguard.New(dialguard.Config{AllowLoopback: true, DialContext: r.dial}).DialContext},
 			Parts: func(d *deployment.Deployment) ([]func(context.Context) error, error) {
 				var l net.Listener
 				select {
@@ -382,7 +382,8 @@ func (w *world) run(log *slog.Logger) error {
 				return []func(context.Context) error{serve, d.Manage}, nil
 			},
 		})
-		process := prometheus.NewRegistry()
+		process := fleet.NewProcessMetrics(cfg.Version)
+		process.MustRegister(w.registry)
 		w.running.Go(func() error { return r.fleet.Run(w.ctx) })
 		w.running.Go(func() error { return deployment.ServeHTTP(w.ctx, r.ops, r.fleet.Handler(w.ctx, process)) })
 	}

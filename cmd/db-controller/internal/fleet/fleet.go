@@ -3,7 +3,9 @@
 //	fleet.go    follows the topology: which Deployments should run, with what
 //	member.go   one Deployment: credentials, open, run, again after a failure
 //	ops.go      health, status and metrics of all of them, for the operator
+//	metrics.go  metrics of the process, and of which Deployments run
 //	status.go   what the Kubernetes controllers write into the status
+//	cleanup.go  what they ask for when a Deployment is deleted with its data
 //
 // A Deployment that is new starts, one that is gone stops, and a change that needs it (endpoint, database, TLS, version, ring) restarts that one
 // alone. A Deployment whose secrets are missing or whose database does not answer is tried again for ever, and delays no other.
@@ -50,6 +52,8 @@ type Fleet struct {
 	cfg Config
 	log *slog.Logger
 
+	failed chan error // why the process must end; capacity 1
+
 	mu      sync.Mutex
 	members map[registry.Key]*member
 }
@@ -58,17 +62,40 @@ type Fleet struct {
 func New(cfg Config) *Fleet {
 	cfg.Reread = cmp.Or(cfg.Reread, 10*time.Second)
 	cfg.Logger = cmp.Or(cfg.Logger, slog.Default())
-	return &Fleet{cfg: cfg, log: cfg.Logger, members: map[registry.Key]*member{}}
+	return &Fleet{cfg: cfg, log: cfg.Logger, failed: make(chan error, 1), members: map[registry.Key]*member{}}
 }
 
-// Run runs the Deployments until ctx is done, and returns after all of them have ended. It may be called once.
+// Run runs the Deployments until ctx is done, and returns after all of them have ended; with an error, at once, when something that had to stop has not: the process must
+// end then (O3). It may be called once.
 func (f *Fleet) Run(ctx context.Context) error {
-	var running sync.WaitGroup
-	defer running.Wait()
-	for range f.cfg.Registry.Subscribe(ctx) {
-		f.reconcile(ctx, running.Go)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		var running sync.WaitGroup
+		defer running.Wait()
+		for range f.cfg.Registry.Subscribe(ctx) {
+			f.reconcile(ctx, running.Go)
+		}
+	}()
+	select {
+	case <-ended:
+	case err := <-f.failed:
+		return err
 	}
-	return nil
+	select {
+	case err := <-f.failed: // it was the reason that the members could end
+		return err
+	default:
+		return nil
+	}
+}
+
+// fatal makes Run return err.
+func (f *Fleet) fatal(err error) {
+	select {
+	case f.failed <- err:
+	default:
+	}
 }
 
 // reconcile makes the members what the topology asks for.

@@ -11,6 +11,7 @@ import (
 	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"github.com/dbcontroller/db-controller/deployment"
 	"github.com/dbcontroller/db-controller/internal/pki"
+	"github.com/dbcontroller/db-controller/nodemanager"
 	"github.com/dbcontroller/db-controller/registry"
 )
 
@@ -58,6 +59,10 @@ func (m *member) run() {
 		started := time.Now()
 		err := m.runOnce()
 		m.set(nil, err)
+		if errors.Is(err, nodemanager.ErrNotStopped) {
+			m.fleet.fatal(err)
+			return
+		}
 		if m.ctx.Err() != nil {
 			return
 		}
@@ -78,20 +83,20 @@ func (m *member) run() {
 }
 
 // runOnce opens the Deployment and runs it until something fails.
-func (m *member) runOnce() error {
+func (m *member) runOnce() (err error) {
 	f := m.fleet
-	dsn, err := m.connection("database", m.spec.Database)
+	dsn, err := f.connection(m.ctx, "database", m.spec.Database)
 	if err != nil {
 		return err
 	}
 	if dsn == nil {
 		return errors.New("spec.database is not set: name the Secret with the connection string in spec.database.secretRef")
 	}
-	cache, err := m.connection("cache", m.spec.Cache)
+	cache, err := f.connection(m.ctx, "cache", m.spec.Cache)
 	if err != nil {
 		f.log.WarnContext(m.ctx, "Deployment runs without its cache", "deployment", m.spec.Key.String(), "error", err)
 	}
-	search, err := m.connection("search", m.spec.Search)
+	search, err := f.connection(m.ctx, "search", m.spec.Search)
 	if err != nil {
 		f.log.WarnContext(m.ctx, "Deployment runs without search", "deployment", m.spec.Key.String(), "error", err)
 	}
@@ -107,7 +112,11 @@ func (m *member) runOnce() error {
 	if err != nil {
 		return err
 	}
-	defer d.Close()
+	defer func() {
+		if !errors.Is(err, nodemanager.ErrNotStopped) { // that node may hold its connections for ever
+			d.Close()
+		}
+	}()
 	parts, err := f.cfg.Parts(d)
 	if err != nil {
 		return err
@@ -118,11 +127,11 @@ func (m *member) runOnce() error {
 }
 
 // connection returns the connection string that a field of the spec refers to, nil if it refers to none.
-func (m *member) connection(field string, ref registry.SecretRef) ([]byte, error) {
+func (f *Fleet) connection(ctx context.Context, field string, ref registry.SecretRef) ([]byte, error) {
 	if ref.Name == "" {
 		return nil, nil
 	}
-	secret, err := m.fleet.cfg.Secrets.Get(m.ctx, ref.Namespace, ref.Name)
+	secret, err := f.cfg.Secrets.Get(ctx, ref.Namespace, ref.Name)
 	if err != nil {
 		return nil, fmt.Errorf("spec.%s.secretRef: %w", field, err)
 	}
@@ -142,13 +151,13 @@ func (m *member) watchSecrets(ctx context.Context, dsn, cache, search []byte) er
 			return nil
 		case <-tick.C:
 		}
-		if now, err := m.connection("database", m.spec.Database); err == nil && !bytes.Equal(now, dsn) {
+		if now, err := m.fleet.connection(m.ctx, "database", m.spec.Database); err == nil && !bytes.Equal(now, dsn) {
 			return errDSNChanged
 		}
-		if now, err := m.connection("cache", m.spec.Cache); err == nil && !bytes.Equal(now, cache) {
+		if now, err := m.fleet.connection(m.ctx, "cache", m.spec.Cache); err == nil && !bytes.Equal(now, cache) {
 			return errDSNChanged
 		}
-		if now, err := m.connection("search", m.spec.Search); err == nil && !bytes.Equal(now, search) {
+		if now, err := m.fleet.connection(m.ctx, "search", m.spec.Search); err == nil && !bytes.Equal(now, search) {
 			return errDSNChanged
 		}
 	}

@@ -21,10 +21,12 @@ const checkTimeout = 3 * time.Second
 //	/readyz    the topology is known and every Deployment runs and reaches its database; ?verbose lists the checks.
 //	           How far peers are does not decide: a region that is away does not make this one unready
 //	/statusz   Status as JSON
-//	/metrics   of all Deployments, and of process
+//	/metrics   of all Deployments, and of process; docs/reference/metrics.md lists them
 //
 // /readyz fails once stopping is done.
 func (f *Fleet) Handler(stopping context.Context, process prometheus.Gatherer) http.Handler {
+	own := prometheus.NewRegistry()
+	own.MustRegister(f)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { f.ready(stopping, w, r) })
@@ -37,7 +39,7 @@ func (f *Fleet) Handler(stopping context.Context, process prometheus.Gatherer) h
 		}{f.Status()})
 	})
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
-		gatherers := prometheus.Gatherers{process}
+		gatherers := prometheus.Gatherers{process, own}
 		for _, m := range f.all() {
 			if d, _ := m.state(); d != nil {
 				gatherers = append(gatherers, d.Metrics())

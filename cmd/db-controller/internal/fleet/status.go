@@ -71,13 +71,45 @@ func (f *Fleet) Serving(service, region string) controllers.Serving {
 		return controllers.Serving{Err: err}
 	}
 	s := controllers.Serving{Version: m.spec.Version}
-	if f.cfg.Manages {
-		s.OwnedShards = m.spec.Ring // membership is one process: it has them all
-	}
 	for _, p := range d.Peers() {
 		s.QuarantinedRows += p.Quarantined
 	}
+	if f.cfg.Manages {
+		detail(&s, d)
+	}
 	return s
+}
+
+// staleAfter is how many intervals of the verification may pass before its result says nothing about now: a pass takes some time itself.
+const staleAfter = 3
+
+// detail adds what the nodes know.
+func detail(s *controllers.Serving, d *deployment.Deployment) {
+	if interval := d.VerifyInterval(); interval > 0 {
+		s.VerifyStale = max(staleAfter*interval, 10*time.Minute)
+	}
+	s.Verified = map[string]controllers.Verified{}
+	for _, v := range d.Verified() {
+		of, again := s.Verified[v.Peer]
+		if !again || v.FinishedAt.Before(of.Finished) {
+			of.Finished = v.FinishedAt
+		}
+		if !again || v.Through.Before(of.Through) {
+			of.Through = v.Through
+		}
+		of.Mismatched += v.Differences
+		s.Verified[v.Peer] = of
+	}
+	if r := d.References(); r != nil {
+		s.References = &controllers.References{Dangling: r.Dangling, Cascading: r.Cascading, Refused: r.Refused, Oldest: r.Oldest, OldestKind: r.OldestKind}
+		for _, at := range r.Unreachable {
+			s.References.Unreachable = append(s.References.Unreachable, at.String())
+		}
+	}
+	s.OwnedShards, s.ShardMoves, s.FencedWrites = d.OwnedShards(), d.ShardMoves(), d.FencedWrites()
+	if found := d.Search(); found != nil {
+		s.Search = &controllers.Search{Freshness: duration(found.Syncing.Freshness), Mismatched: s.Verified[verify.SearchPeer].Mismatched}
+	}
 }
 
 func duration(d *time.Duration) *metav1.Duration {
@@ -87,15 +119,24 @@ func duration(d *time.Duration) *metav1.Duration {
 	return &metav1.Duration{Duration: *d}
 }
 
-// verifier returns the Verifier of a Deployment that runs here.
-func (f *Fleet) verifier(service, region string) (deployment.Verifier, error) {
+// open returns the open Deployment of a service in a region.
+func (f *Fleet) open(service, region string) (*deployment.Deployment, error) {
 	m := f.member(registry.Key{Service: service, Region: region})
 	if m == nil {
-		return deployment.Verifier{}, fmt.Errorf("no Deployment of %s runs in region %s", service, region)
+		return nil, fmt.Errorf("no Deployment of %s runs in region %s", service, region)
 	}
 	d, err := m.state()
 	if d == nil {
-		return deployment.Verifier{}, errors.Join(fmt.Errorf("the Deployment of %s in region %s is not served yet", service, region), err)
+		return nil, errors.Join(fmt.Errorf("the Deployment of %s in region %s is not served yet", service, region), err)
+	}
+	return d, nil
+}
+
+// verifier returns the Verifier of a Deployment that runs here.
+func (f *Fleet) verifier(service, region string) (deployment.Verifier, error) {
+	d, err := f.open(service, region)
+	if err != nil {
+		return deployment.Verifier{}, err
 	}
 	return d.Verifier(), nil
 }
