@@ -21,9 +21,9 @@ import (
 
 // Leases are shorter than usual, so that the test is.
 const (
-	lease         = 8 * time.Second
-	renewDeadline = 5 * time.Second
-	retryPeriod   = time.Second
+	lease         = 10 * time.Second
+	renewDeadline = 7 * time.Second
+	retryPeriod   = 2 * time.Second
 	// soon is a deadline for what should take a moment, on a machine that may have other work.
 	soon = 2 * time.Minute
 )
@@ -93,7 +93,7 @@ func TestRegionsOnARealControlPlane(t *testing.T) {
 	equal()
 
 	us := c.Region("us")
-	load := c.Load(ctx, 60, rows, "us", "eu", "us")
+	load := c.Load(ctx, 25, rows, "us", "eu", "us")
 	figures := func(when string) {
 		f := load.Reset()
 		t.Logf("%-34s %4d writes, %d failed; %3d watched: p50 %s p99 %s max %s", when, f.Writes, f.Failed, f.Watched,
@@ -147,7 +147,7 @@ func TestRegionsOnARealControlPlane(t *testing.T) {
 		var n int
 		err := c.Region("sa").DB.QueryRow(ctx, "SELECT count(*) FROM v1.resources WHERE owning_region = 'eu' AND state <> 2").Scan(&n)
 		missing, merr := c.Missing(ctx, "eu", "sa")
-		return n > rows, fmt.Sprintf("%d rows; %d missing or old: %s; %v", n, len(missing), strings.Join(missing, ", "), errors.Join(err, merr))
+		return n >= rows, fmt.Sprintf("%d rows; %d missing or old: %s; %v", n, len(missing), strings.Join(missing, ", "), errors.Join(err, merr))
 	})
 	g.Expect(err).NotTo(HaveOccurred())
 	figures("a fourth region joined")
