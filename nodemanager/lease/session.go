@@ -280,22 +280,39 @@ func (s *session) lose() {
 	}
 }
 
-// leave takes the member off, as well as it goes: its Leases run out anyway.
+// leave takes the member off, as well as it goes: its Leases run out anyway. It looks at them first: what was being written when the member was told to stop may
+// have come through or not.
 func (s *session) leave(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Timing.RetryPeriod)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Timing.RenewDeadline/2)
 	defer cancel()
-	for kind, l := range s.own {
-		if s.toSay(kind) { // that it is leaving, so that nobody waits for it to come back
-			if err := s.write(ctx, kind, l); err != nil {
-				continue
-			}
-			l = s.own[kind]
-		}
-		err := s.renewals.Delete(ctx, l.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &l.UID, ResourceVersion: &l.ResourceVersion}})
-		if err != nil && !apierrors.IsNotFound(err) {
-			s.log.InfoContext(ctx, "the Lease is left to run out", "lease", l.Name, "error", err)
+	for kind := range s.own {
+		if err := s.leaveKind(ctx, kind); err != nil {
+			s.log.InfoContext(ctx, "the Lease is left to run out", "kind", kind, "error", err)
 		}
 	}
+}
+
+func (s *session) leaveKind(ctx context.Context, kind string) error {
+	l, err := s.renewals.Get(ctx, memberName(s.cfg.Prefix, kind, s.cfg.Replica), metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil
+	case err != nil:
+		return err
+	case l.Spec.HolderIdentity == nil || *l.Spec.HolderIdentity != s.id:
+		return nil // it is another's by now
+	}
+	if s.toSay(kind) { // that it is leaving, so that nobody waits for it to come back
+		if err := s.write(ctx, kind, l); err != nil {
+			return err
+		}
+		l = s.own[kind]
+	}
+	err = s.renewals.Delete(ctx, l.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &l.UID, ResourceVersion: &l.ResourceVersion}})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	return err
 }
 
 // watch sees the Leases of the ring, with one watch, until ctx is done.
