@@ -51,6 +51,10 @@ func onPostgres(region string) *searchServer {
 		defer c.Close(context.Background())
 		for _, s := range statements {
 			_, err := c.Exec(context.Background(), s)
+			// A statement by hand may meet a batch that is being written in a deadlock, and lose.
+			for tries := 0; tries < 20 && err != nil && strings.Contains(err.Error(), "SQLSTATE 40P01"); tries++ {
+				_, err = c.Exec(context.Background(), s)
+			}
 			Expect(err).NotTo(HaveOccurred(), s)
 		}
 	}

@@ -540,7 +540,7 @@ var _ = Describe("a peer that is not who it should be", func() {
 	It("is refused by its certificate, and named so", func() {
 		ca, err := pki.NewCA("test")
 		Expect(err).NotTo(HaveOccurred())
-		w := &world{reg: registry.New(), ca: ca, regions: map[string]*region{}}
+		w := &world{reg: registry.New(), ca: ca, version: "v1", regions: map[string]*region{}}
 		w.add("us", "us", pgtest.Database(GinkgoTB()))
 		w.add("ap", "ap", pgtest.Database(GinkgoTB()))
 		w.add("eu", "ap", pgtest.Database(GinkgoTB())) // shows another's certificate
