@@ -41,14 +41,15 @@ func (c *pairClock) ping(sent, received, peer time.Time) {
 	c.measured, c.trip = true, received.Sub(sent)
 }
 
-// local returns the local instant, never after now, at which the peer's clock showed t; the zero time when that is not known.
+// local returns the earliest local instant, never after now, at which the peer's clock may have shown t: the measurement is wrong by half its round trip at most, and what is told
+// of a copy must not be better than it is. The zero time when that is not known.
 func (c *pairClock) local(t, now time.Time) time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.measured || t.IsZero() {
 		return time.Time{}
 	}
-	return now.Add(-max(0, now.Add(c.offset).Sub(t)))
+	return now.Add(-max(0, now.Add(c.offset+c.trip/2).Sub(t)))
 }
 
 // age returns how long the instant from is past; nil when from is unknown.

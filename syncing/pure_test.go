@@ -302,7 +302,9 @@ func (s *script) at(sec float64) time.Time {
 	return s.start.Add(time.Duration(sec * float64(time.Second)))
 }
 func (s *script) peer(sec float64) time.Time { return s.at(sec).Add(ahead) }
-func (s *script) ping(sec float64)           { s.pair.ping(s.at(sec), s.at(sec+0.2), s.peer(sec+0.1)) }
+
+// ping is answered at once, and the answer travels for 0.2 s: the worst case, which what is told of a copy is made for.
+func (s *script) ping(sec float64) { s.pair.ping(s.at(sec), s.at(sec+0.2), s.peer(sec)) }
 
 func (s *script) expect(now float64, freshness, apply string, pending int64) {
 	s.t.Helper()
@@ -472,5 +474,21 @@ func TestRateIsOfBusyTime(t *testing.T) {
 	}
 	if _, due := r.add(10*measurable, time.Second, now.Add(time.Hour+rateInterval/2)); due {
 		t.Error("stored twice within the interval")
+	}
+}
+
+// P24: wherever in its round trip a ping was answered, a copy is not told to be newer than it is.
+func TestClocksAreNeverOptimistic(t *testing.T) {
+	begin := time.Unix(1_000_000, 0)
+	for _, ahead := range []time.Duration{-time.Hour, 0, time.Hour} { // the peer's clock
+		for way := 0 * time.Millisecond; way <= 200*time.Millisecond; way += 50 * time.Millisecond {
+			var c pairClock
+			c.ping(begin, begin.Add(200*time.Millisecond), begin.Add(way+ahead))
+			now := begin.Add(5 * time.Second)
+			read := now.Add(-3 * time.Second) // when the peer read what has been applied
+			if got := c.local(read.Add(ahead), now); got.After(read) || read.Sub(got) > 200*time.Millisecond {
+				t.Errorf("clock %v ahead, answered after %v: as of %v, want %v or up to a round trip before", ahead, way, got, read)
+			}
+		}
 	}
 }
