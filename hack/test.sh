@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all tests under the race detector against real components and ends with
+# Runs all tests against real components, the product under the race detector, and ends with
 # how many passed, failed and were skipped. Arguments go to go test; without
 # any, all packages are tested.
 set -euo pipefail
@@ -21,10 +21,12 @@ if [ $# != 0 ]; then
 	run -race "$@"
 	exit
 fi
+# What the product is made of, under the race detector. Tests from outside run it as it is shipped: that takes half the time, and their limits are those of the product.
+outside='/test/(bench|chart|e2e|monitoring|security)$'
 # shellcheck disable=SC2046 # one argument per package
-run -race $(go list ./... | grep -v '/test/e2e$')
-
-# Processes on a control plane of their own: alone, for they have timing of their own, and as they are shipped.
+run -race $(go list ./... | grep -Ev "$outside")
+ON=" from outside" run ./test/bench ./test/chart ./test/monitoring ./test/security
+# Processes on a control plane of their own, alone: they have timing of their own.
 ON=" end to end" run ./test/e2e
 
 # The store speaks to PostgreSQL, so it is tested on every supported version
