@@ -197,8 +197,23 @@ func TestRegionsOnARealControlPlane(t *testing.T) {
 	figures("paused and woken up")
 
 	// The control plane goes away for longer than a lease: what has lost its lease stops, and goes on when it can.
+	// The leaders of the controllers end their processes, which are started again, as a kubelet does.
 	g.Expect(c.RestartControlPlane(ctx, 2*lease)).To(Succeed())
 	faults["kube-apiserver restarted"]++
+	kubelet, stop := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for kubelet.Err() == nil {
+			for _, name := range c.Regions() {
+				if err := c.Region(name).Sync(kubelet); err != nil && kubelet.Err() == nil {
+					t.Log(err)
+				}
+			}
+			time.Sleep(time.Second)
+		}
+	}()
+	defer func() { stop(); <-ended }()
 	covered(3, "control plane back")
 	figures("control plane restarted")
 	ready(c.Regions()...)
