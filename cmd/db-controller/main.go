@@ -2,14 +2,18 @@
 //
 //	main.go       the commands, signals, exit codes
 //	topology.go   flags and wiring that manager and apiserver share: where the topology comes from, the operator's ports
-//	manager.go    keeps the read copies of a region
+//	manager.go    keeps the read copies and the references of a region
+//	replica.go    how several managers divide that work: flags of nodes and Leases
 //	apiserver.go  serves the API of one Deployment
 //	demo.go       flags of the demo, which is in internal/demo
-//	status.go     what /statusz of running processes says
+//	status.go     what /statusz of running processes says; lag
+//	shards.go     who works on which shards
 //	why.go        what an API server knows of one resource
 //	plandelete.go what a deletion would take along
 //	verify.go     whether read copies are what their owners have, and their repair
 //	residency.go  what a region holds, and that it may
+//	whatif.go     what a change of a policy would move
+//	raiseepoch.go after a restore that PostgreSQL does not show
 package main
 
 import (
