@@ -65,6 +65,8 @@ type Serving struct {
 	ShardMoves, FencedWrites int64
 	// QuarantinedRows is how many rows could not be applied and were set aside.
 	QuarantinedRows int64
+	// Orphans are sentences on resources that the policy of the service does not let this region own; none if there are none.
+	Orphans []string
 	// References says how references are; nil while nothing here works on them.
 	References *References
 	// Search says how the search store follows; nil while nothing here fills it.

@@ -104,6 +104,7 @@ type Deployment struct {
 	purged      *prometheus.CounterVec // by kind
 	nodes       *nodes                 // those that Manage runs
 	verified    atomic.Pointer[[]postgres.Verified]
+	orphans     atomic.Pointer[[]string]
 }
 
 // Open opens the database, migrates it, and stacks the store's layers. Close it after Run has returned.

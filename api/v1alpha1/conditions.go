@@ -10,7 +10,7 @@ const (
 	ConditionReconciling = "Reconciling"
 	// ConditionStalled says that nothing more will happen until someone changes something. kstatus reads it.
 	ConditionStalled = "Stalled"
-	// ConditionDegraded says that the Deployment works with loss: with rows in quarantine, or without the search store or the cache that it should have.
+	// ConditionDegraded says that the Deployment works with loss: with rows in quarantine, with resources that the policy of the service forbids it to own, or without the search store or the cache that it should have.
 	ConditionDegraded = "Degraded"
 	// ConditionConflict says that another Deployment object declares the same service and region; the older object wins.
 	ConditionConflict = "Conflict"
@@ -53,6 +53,8 @@ const (
 	ReasonNoPeers = "NoPeers"
 	// ReasonQuarantine: rows that cannot be applied were set aside.
 	ReasonQuarantine = "Quarantine"
+	// ReasonOrphaned: a policy of the service forbids the region to own what it owns.
+	ReasonOrphaned = "Orphaned"
 	// ReasonSuspended: spec.suspend, or a scope of it.
 	ReasonSuspended = "Suspended"
 	// ReasonNotSuspended: nothing is suspended.

@@ -82,9 +82,25 @@ func (s *Store) Owner(ctx context.Context, n descriptor.Name, batch []store.Writ
 	if err != nil {
 		return "", err
 	}
+	return s.owner(ctx, n, p)
+}
+
+// owner is the region that the policy gives n to. But a policy of the service that has changed moves nothing: what this region owned it owns.
+func (s *Store) owner(ctx context.Context, n descriptor.Name, p *descriptor.Policy) (string, error) {
 	owner, ok := descriptor.OwningRegion(n, p)
 	if !ok {
 		return s.region, nil // no policy anywhere: the service runs without regions
+	}
+	if _, regional := n.Region(); regional || owner == s.region {
+		return owner, nil
+	}
+	switch r, err := s.next.Get(ctx, n.Full); {
+	case store.CodeOf(err) == store.NotFound:
+		return owner, nil
+	case err != nil:
+		return "", err
+	case r.OwningRegion == s.region:
+		return s.region, nil
 	}
 	return owner, nil
 }
@@ -137,12 +153,15 @@ func (s *Store) place(ctx context.Context, w store.Write, n descriptor.Name, pen
 	if err != nil {
 		return w, err
 	}
-	owner, ok := descriptor.OwningRegion(n, p)
-	if !ok {
-		owner = s.region
+	owner, err := s.owner(ctx, n, p)
+	if err != nil {
+		return w, err
 	}
 	if owner != s.region {
 		return w, store.Errorf(store.FailedPrecondition, w.Name, "is owned by region %s: write there", owner)
+	}
+	if given, ok := descriptor.OwningRegion(n, p); ok && given != owner && w.Op == store.Save {
+		w.Op = store.Update // if it is deleted in this moment, it is not ours to create
 	}
 	w.Type, w.OwningRegion = n.Type.Name, owner
 	if w.Op == store.Delete {

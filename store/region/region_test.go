@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 
@@ -66,13 +67,19 @@ var _ = Describe("the region layer", func() {
 	var version *descriptor.Version
 	const euUs = `{"policy":{"enabledRegions":["eu","us"],"defaultControlRegion":"eu"}}`
 
-	BeforeEach(func() {
+	compile := func(schema string) (service string) {
+		GinkgoHelper()
 		var spec v1alpha1.ServiceDescriptorSpec
 		Expect(yaml.UnmarshalStrict([]byte(schema), &spec)).To(Succeed())
-		service, err := descriptor.Compile(&spec)
+		s, err := descriptor.Compile(&spec)
 		Expect(err).NotTo(HaveOccurred())
-		version = service.Version("v1")
-		core, err = postgres.Open(GinkgoTB().Context(), postgres.Config{DSN: pgtest.Database(GinkgoTB()), Service: service.Name, Region: "eu", Version: "v1"})
+		version = s.Version("v1")
+		return s.Name
+	}
+	BeforeEach(func() {
+		service := compile(schema)
+		var err error
+		core, err = postgres.Open(GinkgoTB().Context(), postgres.Config{DSN: pgtest.Database(GinkgoTB()), Service: service, Region: "eu", Version: "v1"})
 		Expect(err).NotTo(HaveOccurred())
 		DeferCleanup(core.Close)
 		current := func() *descriptor.Version { return version }
@@ -287,6 +294,29 @@ var _ = Describe("the region layer", func() {
 		Expect(code(err)).To(Equal(store.NotFound))
 		_, err = write(ctx, store.Save, "folders/f/regions/eu/sites/old", `{"v":2}`)
 		Expect(err).NotTo(HaveOccurred())
+	})
+
+	It("moves nothing when the policy of the service changes: what it orphans is changed and deleted where it is, and what is new is not (spec 4.9)", func(ctx SpecContext) {
+		create(ctx, "settings/old", `{}`)
+		compile(strings.Replace(schema, "enabledRegions: [ap, eu, us], defaultControlRegion: eu", "enabledRegions: [ap, us], defaultControlRegion: us", 1))
+		for name, want := range map[string]string{"settings/old": "eu", "settings/new": "us"} {
+			n, err := version.ParseName(name)
+			Expect(err).NotTo(HaveOccurred())
+			Expect(s.Owner(ctx, n, nil)).To(Equal(want), name)
+		}
+		r, err := write(ctx, store.Save, "settings/old", `{"v":2}`)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(r.OwningRegion).To(Equal("eu"))
+		for _, op := range []store.Op{store.Create, store.Save, store.Update, store.Delete} {
+			_, err := write(ctx, op, "settings/new", `{}`)
+			Expect(err).To(MatchError(ContainSubstring("owned by region us")))
+		}
+		_, err = write(ctx, store.Create, "settings/old", `{}`)
+		Expect(code(err)).To(Equal(store.FailedPrecondition))
+		_, err = write(ctx, store.Delete, "settings/old", "")
+		Expect(err).NotTo(HaveOccurred())
+		_, err = write(ctx, store.Save, "settings/old", `{}`)
+		Expect(err).To(MatchError(ContainSubstring("owned by region us")), "once it is gone it is not ours any more")
 	})
 
 	It("refuses to write below a holder that does not exist, and lets what it left behind be deleted", func(ctx SpecContext) {

@@ -106,6 +106,7 @@ func detail(s *controllers.Serving, d *deployment.Deployment) {
 			s.References.Unreachable = append(s.References.Unreachable, at.String())
 		}
 	}
+	s.Orphans = d.Orphans()
 	s.OwnedShards, s.ShardMoves, s.FencedWrites = d.OwnedShards(), d.ShardMoves(), d.FencedWrites()
 	if found := d.Search(); found != nil {
 		s.Search = &controllers.Search{Freshness: duration(found.Syncing.Freshness), Mismatched: s.Verified[verify.SearchPeer].Mismatched}
