@@ -230,7 +230,7 @@ func (d *Deployment) fencedWrites() prometheus.Collector {
 	}, func() float64 { return float64(d.core.Fenced()) })
 }
 
-// registerer takes the metrics of a node. Where a process has several nodes of a kind, the label node tells their series apart: the lowest number that is free while the node runs.
+// registerer takes the metrics of a node. Where a process has several nodes of a kind, the label node_number tells their series apart: the lowest number that is free while the node runs.
 func (r *running) registerer(parent prometheus.Registerer, nodes int) prometheus.Registerer {
 	if nodes <= 1 {
 		return parent
@@ -247,7 +247,7 @@ type numbered struct {
 }
 
 func (r *numbered) wrapped() prometheus.Registerer {
-	return prometheus.WrapRegistererWith(prometheus.Labels{"node": fmt.Sprint(r.number)}, r.parent)
+	return prometheus.WrapRegistererWith(prometheus.Labels{"node_number": fmt.Sprint(r.number)}, r.parent)
 }
 
 // Register implements prometheus.Registerer.

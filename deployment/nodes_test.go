@@ -165,7 +165,7 @@ func TestReplicas(t *testing.T) {
 	g.Eventually(known(a)).Should(BeTrue())
 }
 
-// nodeLabels returns the values of the label node in the metrics of the nodes that copy.
+// nodeLabels returns the values of the label node_number in the metrics of the nodes that copy.
 func nodeLabels(g Gomega, d *deployment.Deployment) (values []string) {
 	families, err := d.Metrics().Gather()
 	g.Expect(err).NotTo(HaveOccurred())
@@ -174,7 +174,7 @@ func nodeLabels(g Gomega, d *deployment.Deployment) (values []string) {
 			continue
 		}
 		for _, m := range f.GetMetric() {
-			values = append(values, label(m, "node"))
+			values = append(values, label(m, "node_number"))
 		}
 	}
 	return values

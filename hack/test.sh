@@ -25,6 +25,8 @@ fi
 outside='/test/(bench|chart|e2e|monitoring|security)$'
 # shellcheck disable=SC2046 # one argument per package
 run -race $(go list ./... | grep -Ev "$outside")
+# They share what is compiled with kube-apiserver and the tools, which have no cgo.
+export CGO_ENABLED=0
 ON=" from outside" run ./test/bench ./test/chart ./test/monitoring ./test/security
 # Processes on a control plane of their own, alone: they have timing of their own.
 ON=" end to end" run ./test/e2e

@@ -347,6 +347,22 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
+// TestStartedAgainUnderItsName: a container that was killed is started again in its pod, so under the same name. It waits until what was killed is dead, and no longer: not once for each
+// kind of nodes, nor for the election.
+func TestStartedAgainUnderItsName(t *testing.T) { // P13
+	p := newPlace(t)
+	a := p.start(t, "a")
+	covered(t, a)
+	p.Cut("a", true)
+	a.end()
+	p.Cut("a", false)
+	took := covered(t, p.start(t, "a"))
+	t.Logf("covered after %s", took)
+	if most := timing.Lease*3/2 + 2*time.Second; took > most {
+		t.Errorf("covered after %s, want %s", took, most)
+	}
+}
+
 // TestSecondOfAName: two processes of one name are one after the other.
 func TestSecondOfAName(t *testing.T) {
 	p := newPlace(t)

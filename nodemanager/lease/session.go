@@ -57,8 +57,10 @@ type session struct {
 
 // stranger is another holder of our Lease, which we wait to see dead.
 type stranger struct {
+	holder  string
 	version string
 	since   time.Time
+	dead    bool
 }
 
 // errTaken means that another identity holds our Lease.
@@ -78,13 +80,12 @@ func newSession(cfg *Config, id, previous string, renewals, others coordinationc
 func (s *session) join(ctx context.Context) bool {
 	for waits := 0; ; waits++ {
 		asked, err := time.Now(), error(nil)
-		for _, kind := range s.cfg.Kinds {
-			if err = s.acquire(ctx, kind); err != nil {
-				break
-			}
+		for _, kind := range s.cfg.Kinds { // all of them: who holds several dies once
+			err = errors.Join(err, s.acquire(ctx, kind))
 		}
 		if err == nil {
 			s.renewed = asked
+			s.depose(ctx)
 			return true
 		}
 		if ctx.Err() == nil && waits%5 == 0 {
@@ -121,14 +122,36 @@ func (s *session) acquire(ctx context.Context, kind string) error {
 		}
 		was, known := s.strangers[name]
 		if !known || was.version != l.ResourceVersion {
-			was = stranger{l.ResourceVersion, time.Now()}
-			s.strangers[name] = was
+			was = stranger{holder: holder, version: l.ResourceVersion, since: time.Now()}
 		}
-		if time.Since(was.since) <= lasts {
+		was.dead = time.Since(was.since) > lasts
+		s.strangers[name] = was
+		if !was.dead {
 			return fmt.Errorf("lease %s is held by %s: %w", name, holder, errTaken)
 		}
 	}
 	return s.write(ctx, kind, l)
+}
+
+// depose makes the leader's Lease free if it is that of a process whose place this one has taken: an election begins to count only now, and that one is known to be dead.
+func (s *session) depose(ctx context.Context) {
+	if len(s.strangers) == 0 {
+		return
+	}
+	ctx, cancel := s.request(ctx)
+	defer cancel()
+	l, err := s.renewals.Get(ctx, leaderName(s.cfg.Prefix), metav1.GetOptions{})
+	if err != nil || l.Spec.HolderIdentity == nil {
+		return // then an election takes its time
+	}
+	for _, was := range s.strangers {
+		if was.dead && *l.Spec.HolderIdentity == was.holder {
+			l.Spec.HolderIdentity, l.Spec.LeaseDurationSeconds = new(""), new(int32(1)) // as one who resigns leaves it
+			_, err := s.renewals.Update(ctx, l, metav1.UpdateOptions{})
+			s.log.InfoContext(ctx, "the leader was this replica's last process, which is dead", "leader", was.holder, "error", err)
+			return
+		}
+	}
 }
 
 func (s *session) request(ctx context.Context) (context.Context, context.CancelFunc) {
