@@ -667,7 +667,7 @@ func (p *fakePeer) ListMetaOwnees(ctx context.Context, req *v1.ListMetaOwneesReq
 	res := &v1.ListMetaOwneesResponse{}
 	return res, p.answer(ctx, func() {
 		for _, o := range p.ownees {
-			if o.GetOwnee().GetName() > req.GetPageToken() && len(res.Ownees) < int(req.GetPageSize()) {
+			if owned(o, req.GetOwnerNames()) && o.GetOwnee().GetName() > req.GetPageToken() && len(res.Ownees) < int(req.GetPageSize()) {
 				res.Ownees = append(res.Ownees, o)
 			}
 		}
@@ -677,9 +677,18 @@ func (p *fakePeer) ListMetaOwnees(ctx context.Context, req *v1.ListMetaOwneesReq
 	})
 }
 
-func (p *fakePeer) CheckIfHasMetaOwnee(ctx context.Context, _ *v1.CheckIfHasMetaOwneeRequest) (*v1.CheckIfHasMetaOwneeResponse, error) {
+func (p *fakePeer) CheckIfHasMetaOwnee(ctx context.Context, req *v1.CheckIfHasMetaOwneeRequest) (*v1.CheckIfHasMetaOwneeResponse, error) {
 	res := &v1.CheckIfHasMetaOwneeResponse{}
-	return res, p.answer(ctx, func() { res.HasOwnee = len(p.ownees) > 0 })
+	return res, p.answer(ctx, func() {
+		res.HasOwnee = slices.ContainsFunc(p.ownees, func(o *v1.MetaOwnee) bool { return owned(o, req.GetOwnerNames()) })
+	})
+}
+
+// owned reports whether o is owned by what names spell.
+func owned(o *v1.MetaOwnee, names []*v1.Spelling) bool {
+	return slices.ContainsFunc(names, func(n *v1.Spelling) bool {
+		return n.GetVersion() == o.GetReference().GetVersion() && n.GetName() == o.GetReference().GetName()
+	})
 }
 
 func (p *fakePeer) WatchImportedServiceDeletions(ctx context.Context, req *v1.WatchImportedServiceDeletionsRequest, emit func(*v1.WatchImportedServiceDeletionsResponse) error) error {

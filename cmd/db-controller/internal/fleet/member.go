@@ -58,7 +58,11 @@ func (m *member) run() {
 	for pause := time.Second; ; pause = min(2*pause, maxRetry) {
 		started := time.Now()
 		err := m.runOnce()
-		m.set(nil, err)
+		if errors.Is(err, errDSNChanged) {
+			m.set(nil, nil) // it is being opened again, which is no fault
+		} else {
+			m.set(nil, err)
+		}
 		if errors.Is(err, nodemanager.ErrNotStopped) {
 			m.fleet.fatal(err)
 			return
