@@ -23,7 +23,7 @@ if [ ! -x "$out/kubectl" ]; then
 		tmp=$cache/kube/.$key.tmp
 		rm -rf "$tmp" && mkdir "$tmp"
 		echo "building etcd, kube-apiserver and kubectl $version, once; this takes some minutes" >&2
-		export CGO_ENABLED=0 GOFLAGS=-mod=readonly
+		export CGO_ENABLED=0 GOFLAGS=-mod=readonly GOGC=400 # memory for time
 		nice -n 10 go build -ldflags '-s -w' -o "$tmp/etcd" go.etcd.io/etcd/server/v3 >&2
 		# Without the version the server calls itself v0.0.0-master.
 		nice -n 10 go build -ldflags "-s -w -X $v.gitVersion=$version -X $v.gitMajor=1 -X $v.gitMinor=$minor" \

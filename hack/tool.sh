@@ -15,7 +15,7 @@ if [ ! -d "$out" ]; then
 	tmp=$(mktemp -d "$cache/bin/.$1.XXXXXX")
 	trap 'rm -rf "$tmp"' EXIT
 	echo "building $1, once" >&2
-	CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -ldflags '-s -w' -o "$tmp/" tool >&2
+	GOGC=400 CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -ldflags '-s -w' -o "$tmp/" tool >&2
 	chmod 755 "$tmp"
 	mv -T "$tmp" "$out" 2>/dev/null || [ -d "$out" ] # another make may have been faster
 fi

@@ -98,7 +98,7 @@ func prepare(cfg Config, bin string) (_ *Server, err error) {
 			return nil, err
 		}
 	}
-	removeAbandoned(os.TempDir())
+	removeAbandoned(tempParent())
 	if s.temp, err = newTempDir(); err != nil {
 		return nil, err
 	}

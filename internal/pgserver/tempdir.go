@@ -1,6 +1,7 @@
 package pgserver
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -17,15 +18,18 @@ const tempPrefix = "dbc-pg-"
 // kernel drops the lock when the owner dies.
 const lockName = "lock"
 
-// tempDir is a folder in the system's temporary folder whose path is short
-// enough for a socket.
+// tempParent is where clusters without a folder of their own live: $DBC_POSTGRES_TMP, for
+// example a file system in memory, or the system's temporary folder.
+func tempParent() string { return cmp.Or(os.Getenv("DBC_POSTGRES_TMP"), os.TempDir()) }
+
+// tempDir is a folder in tempParent whose path is short enough for a socket.
 type tempDir struct {
 	path string
 	lock *os.File
 }
 
 func newTempDir() (tempDir, error) {
-	parent := os.TempDir()
+	parent := tempParent()
 	if len(parent) > 60 {
 		parent = "/tmp" // a socket's path holds 107 bytes at most
 	}

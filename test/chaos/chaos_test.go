@@ -493,12 +493,16 @@ func (w *world) nemesis(ctx context.Context, rng *rand.Rand, until time.Time) ma
 	fired := map[string]int{}
 	var wg sync.WaitGroup
 	var busy sync.Map // one fault per thing at a time
+	due := rng.Perm(len(faults)) // each once, then any
 	for time.Now().Before(until) {
-		p := w.places[regions[rng.IntN(len(regions))]]
-		other := regions[rng.IntN(len(regions))]
+		at := rng.IntN(len(regions))
+		p, other := w.places[regions[at]], regions[(at+1+rng.IntN(len(regions)-1))%len(regions)]
 		fault := faults[rng.IntN(len(faults))]
 		for_ := time.Duration(rng.IntN(2500)) * time.Millisecond
 		if _, taken := busy.LoadOrStore(p.name, true); !taken {
+			if len(due) > 0 {
+				fault, due = faults[due[0]], due[1:]
+			}
 			fired[fault]++
 			wg.Go(func() {
 				defer busy.Delete(p.name)
