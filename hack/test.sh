@@ -25,20 +25,23 @@ if [ $# != 0 ]; then
 	run -race "$@"
 	exit
 fi
+# A stage that fails does not keep the others from running.
+failed=0
 # What the product is made of, under the race detector. Tests from outside run it as it is shipped: that takes half the time, and their limits are those of the product.
 outside='/(cmd/db-controller|hack/.*|test/(bench|chart|e2e|monitoring|security))$'
 # shellcheck disable=SC2046 # one argument per package
-run -race $(go list ./... | grep -Ev "$outside")
+run -race $(go list ./... | grep -Ev "$outside") || failed=1
 # They share what is compiled with kube-apiserver and the tools, which have no cgo.
 export CGO_ENABLED=0
-ON=" from outside" run ./cmd/db-controller ./hack/... ./test/bench ./test/chart ./test/chaos ./test/monitoring ./test/security
+ON=" from outside" run ./cmd/db-controller ./hack/... ./test/bench ./test/chart ./test/chaos ./test/monitoring ./test/security || failed=1
 # Processes on a control plane of their own, alone: they have timing of their own.
-ON=" end to end" run ./test/e2e
+ON=" end to end" run ./test/e2e || failed=1
 
 # The store speaks to PostgreSQL, so it is tested on every supported version
 # that is installed; DBC_REQUIRE_POSTGRES makes a missing one an error.
 for version in 16 17 18; do
 	if [ -d "$(hack/cache-dir.sh)/postgres/$version" ] || [[ " ${DBC_REQUIRE_POSTGRES:-} " == *" $version "* ]]; then
-		ON=" of the store on PostgreSQL $version" DBC_TEST_POSTGRES_VERSION=$version run ./store/feed ./store/listquery ./store/policy ./store/postgres ./store/region ./store/row
+		ON=" of the store on PostgreSQL $version" DBC_TEST_POSTGRES_VERSION=$version run ./store/feed ./store/listquery ./store/policy ./store/postgres ./store/region ./store/row || failed=1
 	fi
 done
+exit $failed
