@@ -2,7 +2,7 @@
 // that namespaces which enforce the Pod Security Standard "restricted" take the pods, that install, upgrade and uninstall leave what they
 // should, and that the roles grant what the program uses and nothing else.
 //
-//	helm_test.go       helm, kustomize and the program, built once; manifests -> objects
+//	helm_test.go       helm, kubectl kustomize and the program, built once; manifests -> objects
 //	template_test.go   what is rendered
 //	cluster_test.go    install, upgrade, uninstall on a real API server
 //	audit_test.go      rights granted against rights used, by the API server's audit log
@@ -96,15 +96,22 @@ func helm(t *testing.T, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
-// kustomize builds a base of config/.
+// kustomize builds a base of config/, with the kubectl that was built beside the control plane.
 func kustomize(t *testing.T, base string) (string, error) {
 	t.Helper()
+	assets := os.Getenv("KUBEBUILDER_ASSETS")
+	if assets == "" {
+		if os.Getenv("DBC_REQUIRE_KUBE") != "" {
+			t.Fatal("KUBEBUILDER_ASSETS is not set: make kube-assets prints the folder with kubectl")
+		}
+		t.Skip("no kubectl: KUBEBUILDER_ASSETS is not set")
+	}
 	var stderr bytes.Buffer
-	cmd := exec.Command(tool(t, "kustomize"), "build", filepath.Join(root, "config", base))
+	cmd := exec.Command(filepath.Join(assets, "kubectl"), "kustomize", filepath.Join(root, "config", base))
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("kustomize build config/%s: %w: %s", base, err, stderr.String())
+		return "", fmt.Errorf("kubectl kustomize config/%s: %w: %s", base, err, stderr.String())
 	}
 	return string(out), nil
 }
