@@ -492,7 +492,7 @@ var faults = []string{"kill database", "stop database at once", "cut", "one-way 
 func (w *world) nemesis(ctx context.Context, rng *rand.Rand, until time.Time) map[string]int {
 	fired := map[string]int{}
 	var wg sync.WaitGroup
-	var busy sync.Map // one fault per thing at a time
+	var busy sync.Map            // one fault per thing at a time
 	due := rng.Perm(len(faults)) // each once, then any
 	for time.Now().Before(until) {
 		at := rng.IntN(len(regions))

@@ -280,7 +280,9 @@ func TestCutRegionHealsUnderFullLoad(t *testing.T) {
 
 	// What eu was called for and what was written, undisturbed and with the cut.
 	calls := func() int64 { return eu.count(t, "dbcontroller_requests_total", "method", "Feed/") }
-	applied := func(p *place) int64 { return p.count(t, "dbcontroller_sync_applied_bytes_total", "source_region", "eu") }
+	applied := func(p *place) int64 {
+		return p.count(t, "dbcontroller_sync_applied_bytes_total", "source_region", "eu")
+	}
 	calm := calls()
 	spell(5 * time.Second)
 	calm = calls() - calm
