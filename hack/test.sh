@@ -41,7 +41,7 @@ ON=" end to end" run ./test/e2e || failed=1
 # that is installed; DBC_REQUIRE_POSTGRES makes a missing one an error.
 for version in 16 17 18; do
 	if [ -d "$(hack/cache-dir.sh)/postgres/$version" ] || [[ " ${DBC_REQUIRE_POSTGRES:-} " == *" $version "* ]]; then
-		ON=" of the store on PostgreSQL $version" DBC_TEST_POSTGRES_VERSION=$version run ./store/feed ./store/listquery ./store/policy ./store/postgres ./store/region ./store/row || failed=1
+		ON=" of the store on PostgreSQL $version" DBC_TEST_POSTGRES_VERSION=$version run ./store/... || failed=1
 	fi
 done
 exit $failed

@@ -82,27 +82,28 @@ func (s *Store) Owner(ctx context.Context, n descriptor.Name, batch []store.Writ
 	if err != nil {
 		return "", err
 	}
-	return s.owner(ctx, n, p)
+	owner, _, err := s.owner(ctx, n, p)
+	return owner, err
 }
 
-// owner is the region that the policy gives n to. But a policy of the service that has changed moves nothing: what this region owned it owns.
-func (s *Store) owner(ctx context.Context, n descriptor.Name, p *descriptor.Policy) (string, error) {
+// owner is the region that the policy gives n to. But a policy of the service that has changed moves nothing: what this region owned it owns, and then kept is true.
+func (s *Store) owner(ctx context.Context, n descriptor.Name, p *descriptor.Policy) (owner string, kept bool, err error) {
 	owner, ok := descriptor.OwningRegion(n, p)
 	if !ok {
-		return s.region, nil // no policy anywhere: the service runs without regions
+		return s.region, false, nil // no policy anywhere: the service runs without regions
 	}
 	if _, regional := n.Region(); regional || owner == s.region {
-		return owner, nil
+		return owner, false, nil
 	}
 	switch r, err := s.next.Get(ctx, n.Full); {
 	case store.CodeOf(err) == store.NotFound:
-		return owner, nil
+		return owner, false, nil
 	case err != nil:
-		return "", err
+		return "", false, err
 	case r.OwningRegion == s.region:
-		return s.region, nil
+		return s.region, true, nil
 	}
-	return owner, nil
+	return owner, false, nil
 }
 
 // BatchWrite implements store.Writer.
@@ -153,14 +154,14 @@ func (s *Store) place(ctx context.Context, w store.Write, n descriptor.Name, pen
 	if err != nil {
 		return w, err
 	}
-	owner, err := s.owner(ctx, n, p)
+	owner, kept, err := s.owner(ctx, n, p)
 	if err != nil {
 		return w, err
 	}
 	if owner != s.region {
 		return w, store.Errorf(store.FailedPrecondition, w.Name, "is owned by region %s: write there", owner)
 	}
-	if given, ok := descriptor.OwningRegion(n, p); ok && given != owner && w.Op == store.Save {
+	if kept && w.Op == store.Save {
 		w.Op = store.Update // if it is deleted in this moment, it is not ours to create
 	}
 	w.Type, w.OwningRegion = n.Type.Name, owner
