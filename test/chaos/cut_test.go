@@ -259,4 +259,3 @@ func TestCutRegionHealsUnderFullLoad(t *testing.T) {
 	all.Wait()
 	w.settled(time.Minute)
 }
-
