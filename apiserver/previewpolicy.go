@@ -2,7 +2,6 @@ package apiserver
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math"
 	"slices"
@@ -11,7 +10,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	dbcontrollerv1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
-	"github.com/dbcontroller/db-controller/api/v1alpha1"
 	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/policy"
@@ -70,10 +68,14 @@ func (s *Server) previewPolicy(ctx context.Context, req *dbcontrollerv1.PreviewP
 // policyOf returns the policy of a holder, or of the service.
 func (s *Server) policyOf(ctx context.Context, v *descriptor.Version, name string) (*descriptor.Policy, error) {
 	if name == "" {
-		if v.Service.Policy == nil {
+		p := v.Service.Policy
+		if s.cfg.ServicePolicy != nil {
+			p = s.cfg.ServicePolicy()
+		}
+		if p == nil {
 			return nil, store.Errorf(store.FailedPrecondition, "", "service %s has no policy", s.cfg.Service)
 		}
-		return v.Service.Policy, nil
+		return p, nil
 	}
 	n, err := parseName(v, "name", name)
 	if err != nil {
@@ -137,16 +139,15 @@ type preview struct {
 func (p *preview) answer(service string) (*dbcontrollerv1.PolicyPreview, error) {
 	out := &dbcontrollerv1.PolicyPreview{Updates: map[string]int64{}}
 	for _, text := range []struct {
-		policy *v1alpha1.MultiRegionPolicy
+		policy *descriptor.Policy
 		to     *string
-	}{{p.was.Spec(), &out.Before}, {p.now.Spec(), &out.After}} {
-		b, err := json.Marshal(text.policy)
-		if err != nil {
+	}{{p.was, &out.Before}, {p.now, &out.After}} {
+		var err error
+		if *text.to, err = text.policy.JSON(); err != nil {
 			return nil, fmt.Errorf("encode a policy: %w", err)
 		}
-		*text.to = string(b)
 	}
-	concerned := policy.Concerned(p.was, p.now)
+	concerned := policy.Concerned(p.was, p.now, p.regions)
 	copying := map[string]float64{}
 	unknown := map[string]bool{}
 	var moves []policy.Move

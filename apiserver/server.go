@@ -51,6 +51,8 @@ type Config struct {
 	Searcher Searcher
 	// Census asks a region, perhaps this one, what it owns under a policy, and at which rates it works: mixin.Peers. Nil: PreviewPolicy is not served.
 	Census Census
+	// ServicePolicy is the policy of the service that is in force here. Nil: the declared one is.
+	ServicePolicy func() *descriptor.Policy
 	// Verifier compares copies with their owners. Nil: that is not served.
 	Verifier Verifier
 

@@ -65,8 +65,8 @@ type Serving struct {
 	ShardMoves, FencedWrites int64
 	// QuarantinedRows is how many rows could not be applied and were set aside.
 	QuarantinedRows int64
-	// Orphans are sentences on resources that the policy of the service does not let this region own; none if there are none.
-	Orphans []string
+	// PolicyHeld are sentences that say why the policy of the service that is declared is not in force; none if it is.
+	PolicyHeld []string
 	// References says how references are; nil while nothing here works on them.
 	References *References
 	// Search says how the search store follows; nil while nothing here fills it.
@@ -190,8 +190,8 @@ func addDeployment(mgr manager.Manager, t *topology, o Options) error {
 		Complete(reconcile.AsReconciler(mgr.GetClient(), r))
 }
 
-func addServiceDescriptor(mgr manager.Manager, t *topology, _ Options) error {
-	r := &serviceDescriptorReconciler{client: mgr.GetClient(), topology: t, recorder: mgr.GetEventRecorder("db-controller")}
+func addServiceDescriptor(mgr manager.Manager, t *topology, o Options) error {
+	r := &serviceDescriptorReconciler{client: mgr.GetClient(), topology: t, recorder: mgr.GetEventRecorder("db-controller"), options: o}
 	return builder.ControllerManagedBy(mgr).Named("servicedescriptor").
 		For(&v1alpha1.ServiceDescriptor{}, changed).
 		Watches(&v1alpha1.ServiceDescriptor{}, handler.EnqueueRequestsFromMapFunc(r.rivals), changed).

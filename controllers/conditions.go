@@ -68,13 +68,13 @@ func (o observation) conditions() map[string]verdict {
 		v1alpha1.ConditionReferencesHealthy:   o.referencesHealthy(),
 		v1alpha1.ConditionSearchInSync:        o.searchInSync(),
 		v1alpha1.ConditionVerified:            o.verified(),
-		v1alpha1.ConditionDegraded:            no(v1alpha1.ReasonAvailable, "no row is in quarantine, none is orphaned, and nothing that is configured is missing"),
+		v1alpha1.ConditionDegraded:            no(v1alpha1.ReasonAvailable, "no row is in quarantine, and nothing that is configured is missing"),
 	}
 	if v := c[v1alpha1.ConditionCredentialsValid]; v.status == metav1.ConditionFalse && o.optional() {
 		c[v1alpha1.ConditionDegraded] = yes(v.reason, "%s", v.message)
 	}
-	if orphans := o.serving.Orphans; len(orphans) > 0 {
-		c[v1alpha1.ConditionDegraded] = yes(v1alpha1.ReasonOrphaned, "the multiRegionPolicy of the ServiceDescriptor forbids what is there: %s", strings.Join(orphans, "; "))
+	if v, held := policyHeld(o.serving); held {
+		c[v1alpha1.ConditionDegraded] = v
 	}
 	if n := o.serving.QuarantinedRows; n > 0 {
 		c[v1alpha1.ConditionDegraded] = yes(v1alpha1.ReasonQuarantine, "%d rows could not be applied and are in quarantine", n)
@@ -87,6 +87,11 @@ func (o observation) conditions() map[string]verdict {
 		c[v1alpha1.ConditionCleanupBlocked] = *o.cleanup
 	}
 	return c
+}
+
+// policyHeld is the verdict on a policy of the service that is refused, or waits.
+func policyHeld(s Serving) (v verdict, held bool) {
+	return yes(v1alpha1.ReasonPolicyNotInForce, "the multiRegionPolicy of the ServiceDescriptor is not in force, the former one is: %s", strings.Join(s.PolicyHeld, "; ")), len(s.PolicyHeld) > 0
 }
 
 // details are the conditions that say nothing of an object that is not in force.
@@ -399,7 +404,7 @@ var transitions = []struct {
 	{v1alpha1.ConditionInitialSyncComplete, "", metav1.ConditionTrue, v1alpha1.ReasonInSync, "InitialSyncCompleted", corev1.EventTypeNormal},
 	{v1alpha1.ConditionCaughtUp, "", metav1.ConditionFalse, v1alpha1.ReasonLagging, "LagObjectiveMissed", corev1.EventTypeWarning},
 	{v1alpha1.ConditionDegraded, "", metav1.ConditionTrue, v1alpha1.ReasonQuarantine, "RowQuarantined", corev1.EventTypeWarning},
-	{v1alpha1.ConditionDegraded, "", metav1.ConditionTrue, v1alpha1.ReasonOrphaned, "ResourcesOrphaned", corev1.EventTypeWarning},
+	{v1alpha1.ConditionDegraded, "", metav1.ConditionTrue, v1alpha1.ReasonPolicyNotInForce, "PolicyNotInForce", corev1.EventTypeWarning},
 	{v1alpha1.ConditionReferencesHealthy, "", metav1.ConditionFalse, "", "ReferencesUnhealthy", corev1.EventTypeWarning},
 	{v1alpha1.ConditionSearchInSync, "", metav1.ConditionFalse, v1alpha1.ReasonLagging, "SearchLagging", corev1.EventTypeWarning},
 	{v1alpha1.ConditionVerified, "", metav1.ConditionFalse, "", "VerificationMismatch", corev1.EventTypeWarning},

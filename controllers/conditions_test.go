@@ -110,8 +110,8 @@ func TestConditions(t *testing.T) {
 
 		"the cache's secret is missing": {func(o *observation) { o.credentials = optionalError{registry.ErrSecretNotFound} },
 			"CredentialsValid=False/SecretNotFound Degraded=True/SecretNotFound Stalled=False/Available Ready=True/Available"},
-		"the policy of the service orphans resources": {func(o *observation) { o.serving.Orphans = []string{"region eu still owns 2 resources"} },
-			"Degraded=True/Orphaned Stalled=False/Available Ready=True/Available"},
+		"the policy of the service would orphan resources": {func(o *observation) { o.serving.PolicyHeld = []string{"region eu still owns 2 resources"} },
+			"Degraded=True/PolicyNotInForce Stalled=False/Available Ready=True/Available"},
 		"deleted, and referred to": {func(o *observation) { o.cleanup = new(yes(v1alpha1.ReasonReferenced, "x")) },
 			"CleanupBlocked=True/Referenced Ready=True/Available"},
 		"about to be dropped": {func(o *observation) { o.closing, o.cleanup = true, new(yes(v1alpha1.ReasonInUse, "x")) },

@@ -387,6 +387,10 @@ var _ = Describe("the status of", func() {
 		n.Put(ctx, registrytest.Deployment(n, "eu", "eu"))
 		n.Start(ctx)
 		eventually(condition(ctx, "eu", "Conflict"), "False Unique", "")
+		var first v1alpha1.Deployment
+		Expect(admin.Get(ctx, client.ObjectKey{Namespace: n.name, Name: "eu"}, &first)).To(Succeed())
+		later := func() time.Duration { return time.Since(first.CreationTimestamp.Time) }
+		Eventually(later, registrytest.Patience).Should(BeNumerically(">", time.Second), "a creation time has whole seconds; of two in the same one the names decide")
 		other.Put(ctx, registrytest.Deployment(other, "eu", "eu"))
 		rival := func() string {
 			var d v1alpha1.Deployment
@@ -483,6 +487,12 @@ var _ = Describe("the status of", func() {
 		n.Put(ctx, registrytest.Descriptor(n, "a-packages"))
 		eventually(ready("a-packages", "Ready"), "True Compiled", "")
 		eventually(ready("a-packages", "Stalled"), "False", "")
+		eventually(ready("a-packages", "Degraded"), "False Compiled", "")
+		n.status.set(controllers.Serving{Version: "v1", PolicyHeld: []string{"region us still owns 2 resources"}})
+		eventually(ready("a-packages", "Degraded"), "True PolicyNotInForce", "the former one is: region us still owns 2 resources")
+		eventually(ready("a-packages", "Ready"), "True Compiled", "")
+		n.status.set(controllers.Serving{Version: "v1"})
+		eventually(ready("a-packages", "Degraded"), "False Compiled", "")
 		n.Put(ctx, bad)
 		eventually(ready("a-packages", "Ready"), "False Invalid", "the last state that compiled stays in use")
 
@@ -490,7 +500,7 @@ var _ = Describe("the status of", func() {
 		eventually(ready("b-packages", "Ready"), "False Duplicate", n.name+"/a-packages")
 		n.Delete(ctx, bad)
 		eventually(ready("b-packages", "Ready"), "True Compiled", "")
-		Eventually(n.happened(ctx), registrytest.Patience).Should(ContainElements("a-packages Refused", "b-packages Duplicate"))
+		Eventually(n.happened(ctx), registrytest.Patience).Should(ContainElements("a-packages Refused", "b-packages Duplicate", "a-packages PolicyNotInForce"))
 	})
 
 	It("nothing but what has changed: a status that stays is not written again", func(ctx context.Context) {

@@ -19,6 +19,7 @@ type serviceDescriptorReconciler struct {
 	client   client.Client
 	topology *topology
 	recorder events.EventRecorder
+	options  Options
 }
 
 // Reconcile judges one ServiceDescriptor and writes its status.
@@ -29,8 +30,12 @@ func (r *serviceDescriptorReconciler) Reconcile(ctx context.Context, s *v1alpha1
 		return reconcile.Result{}, err
 	}
 	verdicts := map[string]verdict{
-		v1alpha1.ConditionReady:   yes(v1alpha1.ReasonCompiled, "the descriptor compiled and is in use"),
-		v1alpha1.ConditionStalled: no(v1alpha1.ReasonCompiled, "nothing needs a person"),
+		v1alpha1.ConditionReady:    yes(v1alpha1.ReasonCompiled, "the descriptor compiled and is in use"),
+		v1alpha1.ConditionStalled:  no(v1alpha1.ReasonCompiled, "nothing needs a person"),
+		v1alpha1.ConditionDegraded: no(v1alpha1.ReasonCompiled, "no part of the descriptor is held back in region %s", r.options.Region),
+	}
+	if v, held := policyHeld(r.options.Status.Serving(s.Spec.Service, r.options.Region)); held {
+		verdicts[v1alpha1.ConditionDegraded] = v
 	}
 	if p, refused := problems[registry.RefOf(s)]; refused {
 		reason := v1alpha1.ReasonInvalid
@@ -44,7 +49,11 @@ func (r *serviceDescriptorReconciler) Reconcile(ctx context.Context, s *v1alpha1
 	}
 	s.Status.ObservedGeneration = s.Generation
 	setConditions(&s.Status.Conditions, verdicts, s.Generation)
-	return reconcile.Result{}, r.patchStatus(ctx, before, s)
+	var result reconcile.Result
+	if s.Spec.MultiRegionPolicy != nil {
+		result.RequeueAfter = r.options.StatusInterval // it comes into force later than the descriptor, if at all
+	}
+	return result, r.patchStatus(ctx, before, s)
 }
 
 func (r *serviceDescriptorReconciler) patchStatus(ctx context.Context, before, after *v1alpha1.ServiceDescriptor) error {

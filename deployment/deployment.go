@@ -89,22 +89,22 @@ type References struct {
 
 // Deployment is an open Deployment.
 type Deployment struct {
-	cfg         Config
-	spec        registry.Deployment
-	log         *slog.Logger
-	core        *postgres.Store
-	constraints *constraint.Store
-	stack       *region.Store
-	cache       *cache.Store // on top of stack, for the API server; nil without
-	search      search.Store // nil without
-	policy      *policy.Cache
-	peers       *mixin.Peers
-	mixin       *mixin.Server
-	metrics     *prometheus.Registry
-	purged      *prometheus.CounterVec // by kind
-	nodes       *nodes                 // those that Manage runs
-	verified    atomic.Pointer[[]postgres.Verified]
-	orphans     atomic.Pointer[[]string]
+	cfg           Config
+	spec          registry.Deployment
+	log           *slog.Logger
+	core          *postgres.Store
+	constraints   *constraint.Store
+	stack         *region.Store
+	cache         *cache.Store // on top of stack, for the API server; nil without
+	search        search.Store // nil without
+	policy        *policy.Cache
+	peers         *mixin.Peers
+	mixin         *mixin.Server
+	metrics       *prometheus.Registry
+	purged        *prometheus.CounterVec // by kind
+	nodes         *nodes                 // those that Manage runs
+	verified      atomic.Pointer[[]postgres.Verified]
+	servicePolicy servicePolicy
 }
 
 // Open opens the database, migrates it, and stacks the store's layers. Close it after Run has returned.
@@ -129,7 +129,7 @@ func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
-	if err := errors.Join(d.stackUp(), d.openCache(ctx)); err != nil {
+	if err := errors.Join(d.openPolicy(ctx), d.stackUp(), d.openCache(ctx)); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
@@ -203,21 +203,28 @@ func (d *Deployment) checkVersion() error {
 	return nil
 }
 
-// version is the schema in force: edits of the descriptor apply live. A version that has been taken away stays as it was last.
-func (d *Deployment) version() *descriptor.Version {
+// version is the schema in force: edits of the descriptor apply live, those of its policy when they are taken.
+func (d *Deployment) version() *descriptor.Version { return d.servicePolicy.apply(d.declared()) }
+
+// declared is the schema as the registry has it.
+func (d *Deployment) declared() *descriptor.Version {
 	if s, ok := d.cfg.Registry.View().Service(d.cfg.Service); ok {
 		if v := s.Version(d.spec.Version); v != nil {
 			return v
 		}
 	}
-	return new(descriptor.Version)
+	return noVersion
 }
+
+// noVersion has no types and no service.
+var noVersion = new(descriptor.Version)
 
 // Run runs what every process of a Deployment needs, change hints and fresh policies, and the given parts, until ctx is done or one of them fails.
 func (d *Deployment) Run(ctx context.Context, parts ...func(context.Context) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.core.Run(ctx) })
 	g.Go(func() error { return d.policy.Run(ctx, d.core.Feed()) })
+	g.Go(func() error { return d.followPolicy(ctx) })
 	for _, part := range parts {
 		g.Go(func() error { return part(ctx) })
 	}
@@ -229,7 +236,7 @@ func (d *Deployment) Server(l net.Listener) (func(context.Context) error, error)
 	s, err := apiserver.New(apiserver.Config{
 		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version,
 		Store: d.served(), Owners: d.stack, Changes: d.core.Feed(), Replica: d.core, Topology: d.cfg.Registry, Mixin: d.mixin,
-		Searcher: d.searcher(), Planner: d.constraints, Census: d.peers, Verifier: d.Verifier(),
+		Searcher: d.searcher(), Planner: d.constraints, Census: d.peers, ServicePolicy: d.ServicePolicy, Verifier: d.Verifier(),
 		Explainer: &apiserver.Explainer{Policies: d.policy, Core: d.core, Peers: d.peers},
 		TLS:       d.cfg.TLS, TrustDomain: d.spec.TrustDomain, DialContext: d.cfg.DialContext,
 		Registerer: d.registerer(), Logger: d.log,
@@ -252,7 +259,6 @@ func (d *Deployment) Manage(ctx context.Context) error {
 	g.Go(func() error { return d.manageNodes(ctx, kinds) })
 	g.Go(func() error { return d.purge(ctx) })
 	g.Go(func() error { return d.verifyCopies(ctx) })
-	g.Go(func() error { return d.watchPolicy(ctx) })
 	g.Go(func() error { return d.watchVerified(ctx) })
 	return g.Wait()
 }
@@ -288,19 +294,10 @@ func (d *Deployment) holdings(ctx context.Context, holder string, bytes bool) ([
 	return owned, rates, err
 }
 
-// census is the Census of the region layer.
-func (d *Deployment) census(ctx context.Context, in, holder string) ([]store.Holding, error) {
-	if _, ok := d.cfg.Registry.View().Deployment(registry.Key{Service: d.cfg.Service, Region: in}); !ok {
-		return nil, nil
-	}
-	owned, _, err := d.peers.Holdings(ctx, in, holder, false)
-	return owned, err
-}
-
 // newMetaUpdater returns the node that carries policies out for the resources owned here.
 func (d *Deployment) newMetaUpdater(_ string, metrics prometheus.Registerer) (*syncing.MetaUpdater, error) {
 	set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{
-		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.version, Registry: d.cfg.Registry, Holders: d.core, Changes: d.core.Feed(), Logger: d.log,
+		Service: d.cfg.Service, Region: d.cfg.Region, Version: d.version, Holders: d.core, Changes: d.core.Feed(), Logger: d.log,
 	})
 	return syncing.NewMetaUpdater(syncing.MetaUpdaterConfig{
 		Ring: d.spec.Ring, Set: set, Store: d.core, Rate: d.cfg.PolicyRate, Metrics: metrics, Logger: d.log,
@@ -345,6 +342,8 @@ type Status struct {
 	Peers   []syncing.PeerStatus `json:"peers"`
 	// Policies that are being carried out for the resources owned here.
 	Policies []PolicyStatus `json:"policies,omitempty"`
+	// PolicyHeld says why the policy of the service that is declared is not in force.
+	PolicyHeld []string `json:"policyHeld,omitempty"`
 	// Search is nil without a search store.
 	Search *SearchStatus `json:"search,omitempty"`
 	// Shards says which replica works on which shards, by kind of nodes.
@@ -375,7 +374,7 @@ func policies(walks []store.PolicyWalk) (all []PolicyStatus) {
 
 // Status returns the state of the Deployment for people and tools.
 func (d *Deployment) Status() Status {
-	s := Status{Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Peers: d.Peers(), Search: d.Search(), Shards: d.Shards()}
+	s := Status{Service: d.cfg.Service, Region: d.cfg.Region, Version: d.spec.Version, Peers: d.Peers(), PolicyHeld: d.PolicyHeld(), Search: d.Search(), Shards: d.Shards()}
 	walks, _ := d.nodes.reports(kindPolicy)
 	for _, w := range walks {
 		s.Policies = append(s.Policies, w.Policies...)

@@ -54,6 +54,14 @@ type Version struct {
 	root  *node // the trie of all patterns
 }
 
+// WithPolicy returns the version with another policy of the service, nil for none. Only its Service differs; its types are the same, and still belong to v.
+func (v *Version) WithPolicy(p *Policy) *Version {
+	other, service := *v, *v.Service
+	service.Policy = p
+	other.Service = &service
+	return &other
+}
+
 // Type returns the type of that short name (Package), nil if there is none.
 func (v *Version) Type(name string) *Type { return v.types[name] }
 

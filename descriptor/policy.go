@@ -1,6 +1,8 @@
 package descriptor
 
 import (
+	"encoding/json"
+	"fmt"
 	"slices"
 
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -68,6 +70,27 @@ func (p *Policy) Spec() *v1alpha1.MultiRegionPolicy {
 	return &v1alpha1.MultiRegionPolicy{
 		EnabledRegions: slices.Clone(p.enabled), DefaultControlRegion: p.control, CriteriaForDisabledSync: slices.Clone(p.rules),
 	}
+}
+
+// JSON returns the policy as it is written, with its regions sorted: equal policies are equal strings. It is empty for no policy.
+func (p *Policy) JSON() (string, error) {
+	if p == nil {
+		return "", nil
+	}
+	b, err := json.Marshal(p.Spec())
+	return string(b), err
+}
+
+// ParsePolicy reads what JSON returned.
+func ParsePolicy(text string) (*Policy, error) {
+	if text == "" {
+		return nil, nil //nolint:nilnil // no policy
+	}
+	p, violations := PolicyFromJSON([]byte(text))
+	if len(violations) > 0 {
+		return nil, fmt.Errorf("the policy is invalid: %v", violations)
+	}
+	return p, nil
 }
 
 // DefaultControlRegion owns the resources that have no region in their name.

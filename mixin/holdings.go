@@ -6,6 +6,7 @@ import (
 	"time"
 
 	v1 "github.com/dbcontroller/db-controller/api/dbcontroller/v1"
+	"github.com/dbcontroller/db-controller/descriptor"
 	"github.com/dbcontroller/db-controller/store"
 )
 
@@ -41,6 +42,13 @@ func (s *Server) MeasureHoldings(ctx context.Context, req *v1.MeasureHoldingsReq
 		return nil, err
 	}
 	res := &v1.MeasureHoldingsResponse{Rates: rates}
+	v, err := s.version()
+	if err != nil {
+		return nil, err
+	}
+	if res.DeclaredPolicy, err = v.Service.Policy.JSON(); err != nil {
+		return nil, err
+	}
 	for _, g := range groups {
 		res.Groups = append(res.Groups, &v1.HoldingGroup{Type: g.Type, Regional: g.Regional, Regions: g.Regions, Rows: g.Rows, Bytes: g.Bytes, Example: g.Example})
 	}
@@ -54,26 +62,44 @@ func (c *Client) MeasureHoldings(ctx context.Context, req *v1.MeasureHoldingsReq
 
 // Holdings asks a region of the own service, perhaps this one, what it owns under a policy.
 func (p *Peers) Holdings(ctx context.Context, region, holder string, bytes bool) ([]store.Holding, map[string]float64, error) {
+	res, err := p.measure(ctx, region, holder, bytes)
+	return groups(res), res.GetRates(), err
+}
+
+// Declared asks a region of the own service, perhaps this one, which policy of the service it has been given, whether it is in force there or not, and what it owns under it.
+func (p *Peers) Declared(ctx context.Context, region string) (*descriptor.Policy, []store.Holding, error) {
+	res, err := p.measure(ctx, region, "", false)
+	if err != nil {
+		return nil, nil, err
+	}
+	declared, err := descriptor.ParsePolicy(res.GetDeclaredPolicy())
+	if err != nil {
+		return nil, nil, fmt.Errorf("the policy that region %s has been given: %w", region, err)
+	}
+	return declared, groups(res), nil
+}
+
+func (p *Peers) measure(ctx context.Context, region, holder string, bytes bool) (*v1.MeasureHoldingsResponse, error) {
 	at := store.Location{Service: p.self.Service, Region: region}
 	peer, err := p.Peer(at)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	census, ok := peer.(Census)
 	if !ok {
-		return nil, nil, fmt.Errorf("%s cannot be asked what it owns", at)
+		return nil, fmt.Errorf("%s cannot be asked what it owns", at)
 	}
 	call, err := p.Call(at)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	res, err := census.MeasureHoldings(ctx, &v1.MeasureHoldingsRequest{Call: call, Holder: holder, Bytes: bytes})
-	if err != nil {
-		return nil, nil, err
-	}
+	return census.MeasureHoldings(ctx, &v1.MeasureHoldingsRequest{Call: call, Holder: holder, Bytes: bytes})
+}
+
+func groups(res *v1.MeasureHoldingsResponse) []store.Holding {
 	groups := make([]store.Holding, len(res.GetGroups()))
 	for i, g := range res.GetGroups() {
 		groups[i] = store.Holding{Type: g.GetType(), Regional: g.GetRegional(), Regions: g.GetRegions(), Rows: g.GetRows(), Bytes: g.GetBytes(), Example: g.GetExample()}
 	}
-	return groups, res.GetRates(), nil
+	return groups
 }

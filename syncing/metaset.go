@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dbcontroller/db-controller/descriptor"
-	"github.com/dbcontroller/db-controller/registry"
 	"github.com/dbcontroller/db-controller/store"
 	"github.com/dbcontroller/db-controller/store/feed"
 )
@@ -41,9 +40,8 @@ type SyncingMetaUpdate struct {
 // MetaSetConfig says what a SyncingMetaSet watches. All of it is required but for the Logger.
 type MetaSetConfig struct {
 	Service, Region string
-	// Version is the schema in force; Registry tells when it may have changed.
-	Version  func() *descriptor.Version
-	Registry *registry.Registry
+	// Version is the schema in force: another pointer when it is another one.
+	Version func() *descriptor.Version
 	// Holders lists the policy holders, owned ones and copies.
 	Holders store.Reader
 	// Changes tells of changes of them.
@@ -292,12 +290,16 @@ func (m *SyncingMetaSet) follow(ctx context.Context) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		for range m.cfg.Registry.Subscribe(ctx) {
-			if m.cfg.Version() != version {
-				return errPoliciesChanged
+		look := time.NewTicker(policyGap)
+		defer look.Stop()
+		for m.cfg.Version() == version {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-look.C:
 			}
 		}
-		return ctx.Err()
+		return errPoliciesChanged
 	})
 	for _, t := range version.Types {
 		if t.IsPolicyHolder() {

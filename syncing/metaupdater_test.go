@@ -89,7 +89,7 @@ func (g *governed) update(region string, edit func(*syncing.MetaUpdaterConfig)) 
 	GinkgoHelper()
 	r := g.regions[region]
 	set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{
-		Service: service, Region: region, Version: g.version, Registry: g.reg, Holders: r.store, Changes: r.store.Feed(), Logger: quiet(),
+		Service: service, Region: region, Version: g.version, Holders: r.store, Changes: r.store.Feed(), Logger: quiet(),
 	})
 	cfg := syncing.MetaUpdaterConfig{Ring: ring, Set: set, Store: r.store, Rate: -1, Settle: 500 * time.Millisecond, Resync: -1, Logger: quiet()}
 	if edit != nil {
@@ -367,7 +367,7 @@ var _ = Describe("policies in motion", func() {
 		g := newGoverned("eu")
 		g.save("eu", folder(euUs), "folders/f")
 		set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{
-			Service: service, Region: "eu", Version: g.version, Registry: g.reg, Holders: g.regions["eu"].store, Changes: g.regions["eu"].store.Feed(), Logger: quiet(),
+			Service: service, Region: "eu", Version: g.version, Holders: g.regions["eu"].store, Changes: g.regions["eu"].store.Feed(), Logger: quiet(),
 		})
 		var mu sync.Mutex
 		heard := map[string]syncing.SyncingMetaUpdate{}

@@ -10,7 +10,8 @@ const (
 	ConditionReconciling = "Reconciling"
 	// ConditionStalled says that nothing more will happen until someone changes something. kstatus reads it.
 	ConditionStalled = "Stalled"
-	// ConditionDegraded says that the Deployment works with loss: with rows in quarantine, with resources that the policy of the service forbids it to own, or without the search store or the cache that it should have.
+	// ConditionDegraded says that the Deployment works with loss: with rows in quarantine, with a policy of the service that is not the declared one, or without the search store or the cache that it
+	// should have. Of a ServiceDescriptor it says that its policy is held back.
 	ConditionDegraded = "Degraded"
 	// ConditionConflict says that another Deployment object declares the same service and region; the older object wins.
 	ConditionConflict = "Conflict"
@@ -53,8 +54,8 @@ const (
 	ReasonNoPeers = "NoPeers"
 	// ReasonQuarantine: rows that cannot be applied were set aside.
 	ReasonQuarantine = "Quarantine"
-	// ReasonOrphaned: a policy of the service forbids the region to own what it owns.
-	ReasonOrphaned = "Orphaned"
+	// ReasonPolicyNotInForce: the declared policy of the service would leave resources behind that nobody may own, or it is not known yet whether it would; the former one is in force.
+	ReasonPolicyNotInForce = "PolicyNotInForce"
 	// ReasonSuspended: spec.suspend, or a scope of it.
 	ReasonSuspended = "Suspended"
 	// ReasonNotSuspended: nothing is suspended.

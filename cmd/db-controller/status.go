@@ -38,6 +38,8 @@ type (
 		Version string       `json:"version"`
 		Error   string       `json:"error,omitempty"`
 		Peers   []peerStatus `json:"peers"`
+		// PolicyHeld says why the declared policy of the service is not in force.
+		PolicyHeld []string `json:"policyHeld,omitempty"`
 		// Shards says which manager works on which shards.
 		Shards []nodemanager.KindStatus `json:"shards,omitempty"`
 	}
@@ -252,6 +254,11 @@ func writeStatus(w io.Writer, s statusz) {
 			quarantined += p.Quarantined
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%s\n", d.Service, d.Region, d.Version, live, len(d.Peers), quarantined, d.Error)
+	}
+	for _, d := range s.Deployments {
+		for _, why := range d.PolicyHeld {
+			fmt.Fprintf(w, "\n%s in %s follows the former multiRegionPolicy of the ServiceDescriptor: %s\n", d.Service, d.Region, why)
+		}
 	}
 }
 

@@ -183,15 +183,17 @@ var _ = Describe("the cache layer (F37)", func() {
 	// settled waits until the follower of p has taken notice of everything written so far.
 	settled := func(ctx context.Context, p *process, name string) {
 		GinkgoHelper()
-		Eventually(func() bool { // a follower that begins just now does not see the write
+		noticed := 0
+		Eventually(func() bool { // the first step that ends now may have begun before something was written, the second one has not
 			before := p.counted("dbcontroller_cache_invalidated_names_total")
 			put(ctx, p, store.Save, name, fmt.Sprintf(`{"n":%d}`, time.Now().UnixNano()))
 			for end := time.Now().Add(time.Second); time.Now().Before(end); runtime.Gosched() {
 				if p.counted("dbcontroller_cache_invalidated_names_total") > before {
-					return true
+					noticed++
+					break
 				}
 			}
-			return false
+			return noticed == 2
 		}).WithTimeout(within).Should(BeTrue())
 		Eventually(func(g Gomega) {
 			_, err := p.cache.Get(ctx, name)

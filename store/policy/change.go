@@ -70,12 +70,21 @@ func formed(v *descriptor.Version) []string {
 	return types
 }
 
-// Concerned are the regions that a change of a policy could leave with resources that they may not own any more: they must be asked. Either policy may be nil.
-func Concerned(was, now *descriptor.Policy) []string {
-	if was == nil || now == nil {
-		return nil
-	}
+// Concerned are the regions that a change of a policy could leave with resources that they may not own any more: they must be asked. Either policy may be nil, which governs
+// nothing: all are the regions of the service, each of which may own anything where there was none before.
+func Concerned(was, now *descriptor.Policy, all []string) []string {
 	var regions []string
+	switch {
+	case now == nil:
+		return nil
+	case was == nil:
+		for _, r := range all {
+			if r != now.DefaultControlRegion() {
+				regions = append(regions, r)
+			}
+		}
+		return regions
+	}
 	for _, r := range was.EnabledRegions() {
 		if !now.CanCreateIn(r) {
 			regions = append(regions, r)

@@ -54,7 +54,7 @@ var unfenced = map[string]string{
 var reads = strings.Fields(`Fenced Raise Drop Highest Holds Close Run Feed Ping PoolStats ReferenceMark ReferredElsewhere Tentative Epoch RaiseEpoch Identity
 	Get BatchGet List Closure Shadow Shadows CopyOwners LoadCursor Quarantine QuarantineOf
 	Owned CountOwned Holdings PolicyWalks PolicyWalk Rates Digests CopyDigests Versions CopyVersions FetchNames FetchShards
-	SearchDigests SearchVersions SearchNames SearchRanges SearchHashes LookSearched Outgoing Suspects CheckOwnee Ownees Unconfirmed ExpiredBlockades Blockades
+	ServicePolicy SearchDigests SearchVersions SearchNames SearchRanges SearchHashes LookSearched Outgoing Suspects CheckOwnee Ownees Unconfirmed ExpiredBlockades Blockades
 	HandledReferrers ReferencesTo ReadTasks OwnedRanges CopyRanges OwnedHashes CopyHashes LookOwned LookCopies Verified ResidencyReport`)
 
 var _ = Describe("a claim on shards (O1, P12, I31)", func() {
@@ -195,10 +195,17 @@ var _ = Describe("a claim on shards (O1, P12, I31)", func() {
 				return err
 			}},
 			"ForgetPolicyWalks": {func(ctx context.Context) error { return s.ForgetPolicyWalks(ctx, []string{"h"}) }},
-			"SaveRate":          {func(ctx context.Context) error { return s.SaveRate(ctx, "policy", 1) }},
-			"Purge":             {func(ctx context.Context) error { _, err := s.Purge(ctx, time.Hour, 10); return err }},
-			"PurgeFences":       {func(ctx context.Context) error { _, err := s.PurgeFences(ctx, time.Hour, 10); return err }},
-			"BeginAttempt":      {func(ctx context.Context) error { _, err := s.BeginAttempt(ctx, []string{"own/a"}); return err }},
+			"TakeServicePolicy": {func(ctx context.Context) error {
+				was, err := s.ServicePolicy(ctx, "")
+				if err == nil {
+					_, err = s.TakeServicePolicy(ctx, was, fmt.Sprint(rand.Int64()))
+				}
+				return err
+			}},
+			"SaveRate":     {func(ctx context.Context) error { return s.SaveRate(ctx, "policy", 1) }},
+			"Purge":        {func(ctx context.Context) error { _, err := s.Purge(ctx, time.Hour, 10); return err }},
+			"PurgeFences":  {func(ctx context.Context) error { _, err := s.PurgeFences(ctx, time.Hour, 10); return err }},
+			"BeginAttempt": {func(ctx context.Context) error { _, err := s.BeginAttempt(ctx, []string{"own/a"}); return err }},
 			"Establish": {func(ctx context.Context) error {
 				_, err := s.Establish(ctx, store.Establish{Requester: there, Referrer: "loans/1", TxID: tx, Attempt: 1, TTL: time.Hour, Targets: []store.EstablishTarget{{Name: "own/a", Blocking: true}}})
 				return err

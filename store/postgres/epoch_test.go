@@ -106,6 +106,20 @@ var _ = Describe("the feed epoch", func() {
 	})
 })
 
+var _ = Describe("the policy of the service", func() {
+	It("is the first one until another is taken over just that", func(ctx SpecContext) {
+		s := open("us")
+		Expect(s.ServicePolicy(ctx, "a")).To(Equal("a"))
+		Expect(s.ServicePolicy(ctx, "b")).To(Equal("a"))
+		Expect(s.TakeServicePolicy(ctx, "x", "b")).To(BeFalse())
+		Expect(s.ServicePolicy(ctx, "")).To(Equal("a"))
+		Expect(s.TakeServicePolicy(ctx, "a", "b")).To(BeTrue())
+		Expect(s.TakeServicePolicy(ctx, "a", "c")).To(BeFalse(), "somebody else was first")
+		Expect(s.TakeServicePolicy(ctx, "b", "")).To(BeTrue(), "none is a policy, too")
+		Expect(s.ServicePolicy(ctx, "a")).To(BeEmpty())
+	})
+})
+
 var _ = Describe("opening", func() {
 	It("refuses the database of another Deployment, ring or version name, and an unreadable DSN without repeating it", func() {
 		dsn := pgtest.Database(GinkgoTB())

@@ -208,6 +208,21 @@ func (s *Store) SaveRate(ctx context.Context, what string, rowsPerSecond float64
 	return wrap(err, "store a rate")
 }
 
+// ServicePolicy returns the policy of the service that is in force here, as TakeServicePolicy has stored it. Before that it is initial, and stays it.
+func (s *Store) ServicePolicy(ctx context.Context, initial string) (policy string, err error) {
+	_, err = s.pool.Exec(ctx, `INSERT INTO ctl.service_policy (policy) VALUES ($1) ON CONFLICT DO NOTHING`, initial)
+	if err == nil {
+		err = s.pool.QueryRow(ctx, `SELECT policy FROM ctl.service_policy`).Scan(&policy)
+	}
+	return policy, wrap(err, "read the policy of the service")
+}
+
+// TakeServicePolicy brings a policy of the service into force, unless what is in force is not was any more: then it reports false.
+func (s *Store) TakeServicePolicy(ctx context.Context, was, now string) (bool, error) {
+	tag, err := s.pool.Exec(ctx, `UPDATE ctl.service_policy SET policy = $2, taken_at = now() WHERE policy = $1`, was, now)
+	return tag.RowsAffected() == 1, wrap(err, "store the policy of the service")
+}
+
 // Rate is a measurement.
 type Rate struct {
 	RowsPerSecond float64

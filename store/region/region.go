@@ -199,7 +199,7 @@ func (s *Store) guard(ctx context.Context, w store.Write, n descriptor.Name) err
 	was, _ := n.Type.PolicyOf(old.Body)
 	now, _ := n.Type.PolicyOf(w.Body) // its faults are reported where the body is validated
 	var why []string
-	for _, region := range policy.Concerned(was, now) {
+	for _, region := range policy.Concerned(was, now, nil) {
 		owned, err := s.census(ctx, region, n.Full)
 		if err != nil {
 			return &store.Error{Code: store.Unavailable, Name: n.Full, Cause: err,

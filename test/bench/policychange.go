@@ -56,7 +56,7 @@ func policyChange(ctx context.Context, opt options) (res result, err error) {
 		s, _ := reg.View().Service(service)
 		return s.Version("v1")
 	}
-	set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{Service: service, Region: sourceRegion, Version: version, Registry: reg,
+	set := syncing.NewSyncingMetaSet(syncing.MetaSetConfig{Service: service, Region: sourceRegion, Version: version,
 		Holders: w.core, Changes: w.core.Feed(), Logger: quiet})
 	u, err := syncing.NewMetaUpdater(syncing.MetaUpdaterConfig{Ring: ring, Set: set, Store: w.core, Rate: -1, Settle: -1, Resync: -1, Logger: quiet})
 	if err != nil {

@@ -703,9 +703,11 @@ type MeasureHoldingsResponse struct {
 	// Resources that the policy governs and this region owns.
 	Groups []*HoldingGroup `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
 	// Rows a second that were measured here: "policy" for changes of metadata.syncing, "copy" and a region for its copies here.
-	Rates         map[string]float64 `protobuf:"bytes,2,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Rates map[string]float64 `protobuf:"bytes,2,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	// The MultiRegionPolicy of the service, in JSON, that this region has been given, whether it is in force here or not; empty for none.
+	DeclaredPolicy string `protobuf:"bytes,3,opt,name=declared_policy,json=declaredPolicy,proto3" json:"declared_policy,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *MeasureHoldingsResponse) Reset() {
@@ -750,6 +752,13 @@ func (x *MeasureHoldingsResponse) GetRates() map[string]float64 {
 		return x.Rates
 	}
 	return nil
+}
+
+func (x *MeasureHoldingsResponse) GetDeclaredPolicy() string {
+	if x != nil {
+		return x.DeclaredPolicy
+	}
+	return ""
 }
 
 // HoldingGroup are the resources of one type that are held in the same regions.
@@ -3175,10 +3184,11 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"\x16MeasureHoldingsRequest\x12)\n" +
 	"\x04call\x18\x01 \x01(\v2\x15.dbcontroller.v1.CallR\x04call\x12\x16\n" +
 	"\x06holder\x18\x02 \x01(\tR\x06holder\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\bR\x05bytes\"\xd5\x01\n" +
+	"\x05bytes\x18\x03 \x01(\bR\x05bytes\"\xfe\x01\n" +
 	"\x17MeasureHoldingsResponse\x125\n" +
 	"\x06groups\x18\x01 \x03(\v2\x1d.dbcontroller.v1.HoldingGroupR\x06groups\x12I\n" +
-	"\x05rates\x18\x02 \x03(\v23.dbcontroller.v1.MeasureHoldingsResponse.RatesEntryR\x05rates\x1a8\n" +
+	"\x05rates\x18\x02 \x03(\v23.dbcontroller.v1.MeasureHoldingsResponse.RatesEntryR\x05rates\x12'\n" +
+	"\x0fdeclared_policy\x18\x03 \x01(\tR\x0edeclaredPolicy\x1a8\n" +
 	"\n" +
 	"RatesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +

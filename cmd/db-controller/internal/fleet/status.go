@@ -70,7 +70,7 @@ func (f *Fleet) Serving(service, region string) controllers.Serving {
 	if d == nil {
 		return controllers.Serving{Err: err}
 	}
-	s := controllers.Serving{Version: m.spec.Version}
+	s := controllers.Serving{Version: m.spec.Version, PolicyHeld: d.PolicyHeld()}
 	for _, p := range d.Peers() {
 		s.QuarantinedRows += p.Quarantined
 	}
@@ -106,7 +106,6 @@ func detail(s *controllers.Serving, d *deployment.Deployment) {
 			s.References.Unreachable = append(s.References.Unreachable, at.String())
 		}
 	}
-	s.Orphans = d.Orphans()
 	s.OwnedShards, s.ShardMoves, s.FencedWrites = d.OwnedShards(), d.ShardMoves(), d.FencedWrites()
 	if found := d.Search(); found != nil {
 		s.Search = &controllers.Search{Freshness: duration(found.Syncing.Freshness), Mismatched: s.Verified[verify.SearchPeer].Mismatched}
