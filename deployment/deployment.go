@@ -129,12 +129,14 @@ func Open(ctx context.Context, cfg Config) (*Deployment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
-	if err := errors.Join(d.openPolicy(ctx), d.stackUp(), d.openCache(ctx)); err != nil {
-		d.Close()
-		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
+	if err = d.stackUp(); err == nil {
+		err = errors.Join(d.openPolicy(ctx), d.openCache(ctx))
 	}
-	d.openSearch(ctx)
-	if err := d.measure(); err != nil {
+	if err == nil {
+		d.openSearch(ctx)
+		err = d.measure()
+	}
+	if err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open %s: %w", cfg.Key, err)
 	}
@@ -158,7 +160,7 @@ func (d *Deployment) stackUp() (err error) {
 	d.stack = region.Layer(d.constraints, cfg.Region, d.version, d.policy)
 	d.stack.Guard(d.census)
 	d.mixin, err = mixin.NewServer(mixin.Config{Service: cfg.Service, Region: cfg.Region, Version: d.spec.Version, Topology: cfg.Registry,
-		Core: d.core, Store: d.stack, Owners: d.stack, Policies: d.policy, Changes: d.core.Feed(), Holdings: d.holdings, Logger: d.log})
+		Core: d.core, Store: d.stack, Owners: d.stack, Policies: d.policy, Changes: d.core.Feed(), Holdings: d.holdings, ServicePolicy: d.ServicePolicy, Logger: d.log})
 	if err != nil {
 		return err
 	}

@@ -1,7 +1,9 @@
 package deployment
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -88,24 +90,61 @@ func (d *Deployment) followPolicy(ctx context.Context) error {
 	}
 }
 
-// openPolicy finds out which policy is in force. What is declared when a database is opened for the first time is.
+// openTimeout is how long the other regions are asked, when a database is opened for the first time, which policy is in force.
+const openTimeout = 3 * time.Second
+
+// openPolicy finds out which policy is in force: the one that is stored. A database that is opened for the first time follows the other regions, and if none of them answers, what is
+// declared: a region that is added while a policy is held back must not be the only one that follows it.
 func (d *Deployment) openPolicy(ctx context.Context) error {
-	s := d.declared().Service
-	if s == nil {
-		return d.checkVersion()
+	_, known, err := d.core.ServicePolicy(ctx)
+	if err != nil {
+		return err
 	}
-	declared, err := s.Policy.JSON()
-	if err == nil {
-		_, err = d.readPolicy(ctx, declared)
+	if !known {
+		initial := d.policyElsewhere(ctx)
+		if s := d.declared().Service; initial == nil && s != nil {
+			initial = s.Policy
+		}
+		text, err := initial.JSON()
+		if err != nil {
+			return err
+		}
+		if _, err := d.core.TakeServicePolicy(ctx, text, text); err != nil { // unless another process was first
+			return err
+		}
 	}
+	_, err = d.readPolicy(ctx)
 	return err
 }
 
-// readPolicy returns the policy in force as it is stored, at first that which is declared. Every process of the Deployment may have changed it.
-func (d *Deployment) readPolicy(ctx context.Context, declared string) (string, error) {
-	stored, err := d.core.ServicePolicy(ctx, declared)
-	if err != nil {
-		return "", err
+// policyElsewhere asks the other regions which policy is in force there; nil if nobody knows one.
+func (d *Deployment) policyElsewhere(ctx context.Context) *descriptor.Policy {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	regions := slices.DeleteFunc(d.regions(), func(r string) bool { return r == d.cfg.Region })
+	answers := make([]*descriptor.Policy, len(regions))
+	var asking sync.WaitGroup
+	for i, region := range regions {
+		asking.Go(func() {
+			if told, err := d.peers.ServicePolicy(ctx, region); err == nil {
+				answers[i] = told.InForce
+			}
+		})
+	}
+	asking.Wait()
+	for _, p := range answers {
+		if p != nil {
+			return p
+		}
+	}
+	return nil
+}
+
+// readPolicy returns the policy in force as it is stored. Every process of the Deployment may have changed it.
+func (d *Deployment) readPolicy(ctx context.Context) (string, error) {
+	stored, known, err := d.core.ServicePolicy(ctx)
+	if err != nil || !known {
+		return "", cmp.Or(err, errors.New("ctl.service_policy is empty"))
 	}
 	p, err := descriptor.ParsePolicy(stored)
 	if err != nil {
@@ -121,7 +160,7 @@ func (d *Deployment) takePolicy(ctx context.Context, now *descriptor.Policy) (re
 	if err != nil {
 		return nil, err
 	}
-	stored, err := d.readPolicy(ctx, text)
+	stored, err := d.readPolicy(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +177,7 @@ func (d *Deployment) takePolicy(ctx context.Context, now *descriptor.Policy) (re
 	if _, err := d.core.TakeServicePolicy(ctx, stored, text); err != nil {
 		return nil, err
 	}
-	if _, err := d.readPolicy(ctx, text); err != nil { // if another one was taken meanwhile, that is judged next
+	if _, err := d.readPolicy(ctx); err != nil { // if another one was taken meanwhile, that is judged next
 		return nil, err
 	}
 	d.log.InfoContext(ctx, "the policy of the service is in force", "was", stored, "now", text)
@@ -151,14 +190,14 @@ func (d *Deployment) judge(ctx context.Context, region string, now *descriptor.P
 	if !slices.Contains(d.regions(), region) {
 		return nil // it owns nothing
 	}
-	declared, owned, err := d.peers.Declared(ctx, region)
+	told, err := d.peers.ServicePolicy(ctx, region)
 	if err != nil {
 		return []string{fmt.Sprintf("region %s must say whether it owns resources that this policy takes from it, and cannot be asked: %v", region, err)}
 	}
-	if reasons := policy.Orphans(region, owned, now); len(reasons) > 0 {
+	if reasons := policy.Orphans(region, told.Owned, now); len(reasons) > 0 {
 		return reasons
 	}
-	if !declared.Equal(now) {
+	if !told.Declared.Equal(now) {
 		return []string{fmt.Sprintf("region %s, from which it takes something, has not been given this policy: apply the ServiceDescriptor there, too", region)}
 	}
 	return nil

@@ -132,6 +132,13 @@ func TestPolicyOfAServiceIsRefused(t *testing.T) {
 	g.Eventually(eu.PolicyHeld).Should(ConsistOf(ContainSubstring("(2 Office)")))
 	g.Expect(eu.Status().PolicyHeld).NotTo(BeEmpty())
 
+	jp := &office{region: "jp", dsn: pgtest.Database(t), g: g, registry: registry.New()}
+	jp.start()
+	offices["jp"] = jp
+	declare(policy("eu", "ap", "eu"), ap, eu, us, jp)
+	jp.run()
+	g.Expect(inForce(jp)()).To(Equal("[ap eu us] eu"), "a region that is added meanwhile follows the others")
+
 	for _, name := range []string{"regions/us/offices/a", "regions/us/offices/b"} {
 		g.Expect(us.write(store.Delete, name)).To(Succeed())
 	}

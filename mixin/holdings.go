@@ -49,6 +49,11 @@ func (s *Server) MeasureHoldings(ctx context.Context, req *v1.MeasureHoldingsReq
 	if res.DeclaredPolicy, err = v.Service.Policy.JSON(); err != nil {
 		return nil, err
 	}
+	if s.cfg.ServicePolicy != nil {
+		if res.PolicyInForce, err = s.cfg.ServicePolicy().JSON(); err != nil {
+			return nil, err
+		}
+	}
 	for _, g := range groups {
 		res.Groups = append(res.Groups, &v1.HoldingGroup{Type: g.Type, Regional: g.Regional, Regions: g.Regions, Rows: g.Rows, Bytes: g.Bytes, Example: g.Example})
 	}
@@ -66,17 +71,27 @@ func (p *Peers) Holdings(ctx context.Context, region, holder string, bytes bool)
 	return groups(res), res.GetRates(), err
 }
 
-// Declared asks a region of the own service, perhaps this one, which policy of the service it has been given, whether it is in force there or not, and what it owns under it.
-func (p *Peers) Declared(ctx context.Context, region string) (*descriptor.Policy, []store.Holding, error) {
+// ServicePolicy is what a region says of the policy of the service: the one that it has been given, the one that is in force there, each nil for none, and what it owns under it.
+type ServicePolicy struct {
+	Declared, InForce *descriptor.Policy
+	Owned             []store.Holding
+}
+
+// ServicePolicy asks a region of the own service, perhaps this one.
+func (p *Peers) ServicePolicy(ctx context.Context, region string) (told ServicePolicy, err error) {
 	res, err := p.measure(ctx, region, "", false)
 	if err != nil {
-		return nil, nil, err
+		return told, err
 	}
 	declared, err := descriptor.ParsePolicy(res.GetDeclaredPolicy())
 	if err != nil {
-		return nil, nil, fmt.Errorf("the policy that region %s has been given: %w", region, err)
+		return told, fmt.Errorf("the policy that region %s has been given: %w", region, err)
 	}
-	return declared, groups(res), nil
+	inForce, err := descriptor.ParsePolicy(res.GetPolicyInForce())
+	if err != nil {
+		return told, fmt.Errorf("the policy that is in force in region %s: %w", region, err)
+	}
+	return ServicePolicy{declared, inForce, groups(res)}, nil
 }
 
 func (p *Peers) measure(ctx context.Context, region, holder string, bytes bool) (*v1.MeasureHoldingsResponse, error) {

@@ -31,6 +31,8 @@ type Config struct {
 	Changes  Changes
 	// Holdings measures what is owned here, for other regions of the service. Nil: that is not served.
 	Holdings Holdings
+	// ServicePolicy is the policy of the service that is in force here, for other regions of the service; nil as long as there is none. Nil: that is not told.
+	ServicePolicy func() *descriptor.Policy
 
 	// MaxCalls and MaxStreams bound what one requester has in flight. Default 64 each.
 	MaxCalls, MaxStreams int

@@ -196,7 +196,7 @@ var _ = Describe("a claim on shards (O1, P12, I31)", func() {
 			}},
 			"ForgetPolicyWalks": {func(ctx context.Context) error { return s.ForgetPolicyWalks(ctx, []string{"h"}) }},
 			"TakeServicePolicy": {func(ctx context.Context) error {
-				was, err := s.ServicePolicy(ctx, "")
+				was, _, err := s.ServicePolicy(ctx)
 				if err == nil {
 					_, err = s.TakeServicePolicy(ctx, was, fmt.Sprint(rand.Int64()))
 				}

@@ -109,14 +109,27 @@ var _ = Describe("the feed epoch", func() {
 var _ = Describe("the policy of the service", func() {
 	It("is the first one until another is taken over just that", func(ctx SpecContext) {
 		s := open("us")
-		Expect(s.ServicePolicy(ctx, "a")).To(Equal("a"))
-		Expect(s.ServicePolicy(ctx, "b")).To(Equal("a"))
-		Expect(s.TakeServicePolicy(ctx, "x", "b")).To(BeFalse())
-		Expect(s.ServicePolicy(ctx, "")).To(Equal("a"))
-		Expect(s.TakeServicePolicy(ctx, "a", "b")).To(BeTrue())
-		Expect(s.TakeServicePolicy(ctx, "a", "c")).To(BeFalse(), "somebody else was first")
-		Expect(s.TakeServicePolicy(ctx, "b", "")).To(BeTrue(), "none is a policy, too")
-		Expect(s.ServicePolicy(ctx, "a")).To(BeEmpty())
+		_, known, err := s.ServicePolicy(ctx)
+		Expect(err).NotTo(HaveOccurred())
+		Expect(known).To(BeFalse())
+		take := func(was, now string) bool {
+			taken, err := s.TakeServicePolicy(ctx, was, now)
+			Expect(err).NotTo(HaveOccurred())
+			return taken
+		}
+		is := func() string {
+			policy, known, err := s.ServicePolicy(ctx)
+			Expect(err).NotTo(HaveOccurred())
+			Expect(known).To(BeTrue())
+			return policy
+		}
+		Expect(take("a", "a")).To(BeTrue())
+		Expect(take("x", "b")).To(BeFalse())
+		Expect(is()).To(Equal("a"))
+		Expect(take("a", "b")).To(BeTrue())
+		Expect(take("a", "c")).To(BeFalse(), "somebody else was first")
+		Expect(take("b", "")).To(BeTrue(), "none is a policy, too")
+		Expect(is()).To(BeEmpty())
 	})
 })
 

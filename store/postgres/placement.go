@@ -208,18 +208,20 @@ func (s *Store) SaveRate(ctx context.Context, what string, rowsPerSecond float64
 	return wrap(err, "store a rate")
 }
 
-// ServicePolicy returns the policy of the service that is in force here, as TakeServicePolicy has stored it. Before that it is initial, and stays it.
-func (s *Store) ServicePolicy(ctx context.Context, initial string) (policy string, err error) {
-	_, err = s.pool.Exec(ctx, `INSERT INTO ctl.service_policy (policy) VALUES ($1) ON CONFLICT DO NOTHING`, initial)
-	if err == nil {
-		err = s.pool.QueryRow(ctx, `SELECT policy FROM ctl.service_policy`).Scan(&policy)
+// ServicePolicy returns the policy of the service that is in force here, as TakeServicePolicy has stored it. It reports false if none was stored yet.
+func (s *Store) ServicePolicy(ctx context.Context) (policy string, known bool, err error) {
+	err = s.pool.QueryRow(ctx, `SELECT policy FROM ctl.service_policy`).Scan(&policy)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return "", false, nil
 	}
-	return policy, wrap(err, "read the policy of the service")
+	return policy, err == nil, wrap(err, "read the policy of the service")
 }
 
-// TakeServicePolicy brings a policy of the service into force, unless what is in force is not was any more: then it reports false.
+// TakeServicePolicy brings a policy of the service into force, unless one is in force that is not was: then it reports false.
 func (s *Store) TakeServicePolicy(ctx context.Context, was, now string) (bool, error) {
-	tag, err := s.pool.Exec(ctx, `UPDATE ctl.service_policy SET policy = $2, taken_at = now() WHERE policy = $1`, was, now)
+	tag, err := s.pool.Exec(ctx, `
+		INSERT INTO ctl.service_policy AS p (policy) VALUES ($2)
+		ON CONFLICT (one) DO UPDATE SET policy = excluded.policy, taken_at = now() WHERE p.policy = $1`, was, now)
 	return tag.RowsAffected() == 1, wrap(err, "store the policy of the service")
 }
 

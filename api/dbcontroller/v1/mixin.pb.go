@@ -704,8 +704,9 @@ type MeasureHoldingsResponse struct {
 	Groups []*HoldingGroup `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
 	// Rows a second that were measured here: "policy" for changes of metadata.syncing, "copy" and a region for its copies here.
 	Rates map[string]float64 `protobuf:"bytes,2,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
-	// The MultiRegionPolicy of the service, in JSON, that this region has been given, whether it is in force here or not; empty for none.
+	// The MultiRegionPolicy of the service, in JSON, that this region has been given, and the one that is in force here; empty for none.
 	DeclaredPolicy string `protobuf:"bytes,3,opt,name=declared_policy,json=declaredPolicy,proto3" json:"declared_policy,omitempty"`
+	PolicyInForce  string `protobuf:"bytes,4,opt,name=policy_in_force,json=policyInForce,proto3" json:"policy_in_force,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -757,6 +758,13 @@ func (x *MeasureHoldingsResponse) GetRates() map[string]float64 {
 func (x *MeasureHoldingsResponse) GetDeclaredPolicy() string {
 	if x != nil {
 		return x.DeclaredPolicy
+	}
+	return ""
+}
+
+func (x *MeasureHoldingsResponse) GetPolicyInForce() string {
+	if x != nil {
+		return x.PolicyInForce
 	}
 	return ""
 }
@@ -3184,11 +3192,12 @@ const file_dbcontroller_v1_mixin_proto_rawDesc = "" +
 	"\x16MeasureHoldingsRequest\x12)\n" +
 	"\x04call\x18\x01 \x01(\v2\x15.dbcontroller.v1.CallR\x04call\x12\x16\n" +
 	"\x06holder\x18\x02 \x01(\tR\x06holder\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\bR\x05bytes\"\xfe\x01\n" +
+	"\x05bytes\x18\x03 \x01(\bR\x05bytes\"\xa6\x02\n" +
 	"\x17MeasureHoldingsResponse\x125\n" +
 	"\x06groups\x18\x01 \x03(\v2\x1d.dbcontroller.v1.HoldingGroupR\x06groups\x12I\n" +
 	"\x05rates\x18\x02 \x03(\v23.dbcontroller.v1.MeasureHoldingsResponse.RatesEntryR\x05rates\x12'\n" +
-	"\x0fdeclared_policy\x18\x03 \x01(\tR\x0edeclaredPolicy\x1a8\n" +
+	"\x0fdeclared_policy\x18\x03 \x01(\tR\x0edeclaredPolicy\x12&\n" +
+	"\x0fpolicy_in_force\x18\x04 \x01(\tR\rpolicyInForce\x1a8\n" +
 	"\n" +
 	"RatesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
