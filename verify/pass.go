@@ -124,7 +124,7 @@ type State struct {
 	Pending []string `json:"pending,omitempty"`
 	// Began is the truth's time when the pass began: what it proves, it proves up to there.
 	Began time.Time `json:"began,omitzero"`
-	// Done are the rows of the truth's table that were read, of Total when the pass began; Compared those that the mirror should hold.
+	// Done are the rows of the truth's table that were read, of about Total when the pass began; Compared those that the mirror should hold.
 	Done     int64 `json:"done,omitempty"`
 	Total    int64 `json:"total,omitempty"`
 	Compared int64 `json:"compared,omitempty"`
@@ -352,6 +352,9 @@ func (p *pass) walk(ctx context.Context) error {
 		p.state.Compared += want.Count
 	}
 	p.state.Done += now.Scanned // of ranges that are left early, what was listed: near enough for a progress
+	if p.state.Total = max(p.state.Total, p.state.Done); p.state.After == postgres.LastName {
+		p.state.Total = p.state.Done // it was an estimate
+	}
 	p.next = ahead
 	return nil
 }

@@ -225,6 +225,28 @@ var _ = Describe("a pass over copies", func() {
 		Expect(state.Done).To(Equal(state.Total))
 	}, SpecTimeout(time.Minute))
 
+	It("takes the size of a large table as PostgreSQL estimates it, and ends with what it has read", func(ctx SpecContext) {
+		eu.save("first", names("a", 100)...)
+		stop := us.sync()
+		converge(us, eu)
+		stop()
+		for _, estimate := range []int64{100_000, 3_000_000, 40} { // the last one is counted
+			eu.sql(`UPDATE pg_class SET reltuples = $1 WHERE oid = 'v1.resources'::regclass`, estimate)
+			var totals []int64
+			state, err := verify.Run(ctx, us.source("eu"), us.copies("eu"), verify.Options{Size: 20, Parts: 2, Grace: time.Millisecond}, verify.State{}, func(p verify.Progress) error {
+				totals = append(totals, p.State.Total)
+				return nil
+			})
+			Expect(err).NotTo(HaveOccurred())
+			if estimate < 100_000 {
+				estimate = state.Done
+			}
+			Expect(totals[0]).To(Equal(estimate))
+			Expect(state.Done).To(BeNumerically(">=", 100))
+			Expect(state.Total).To(Equal(state.Done))
+		}
+	}, SpecTimeout(time.Minute))
+
 	It("keeps to a rate and leaves the databases alone between steps", func(ctx SpecContext) {
 		eu.save("first", names("a", 400)...)
 		stop := us.sync()

@@ -49,7 +49,7 @@ type Ranges struct {
 	// Epoch and Time of the database: what was written before Time is in the digests.
 	Epoch int64
 	Time  time.Time
-	// Total is how many rows the whole table has, whatever they are; only known where a pass begins.
+	// Total is about how many rows the whole table has, whatever they are; only known where a pass begins.
 	Total int64
 }
 
@@ -78,8 +78,11 @@ func owned(region string) side {
 
 func copies(owner string) side { return side{`owning_region = $1 AND state <> 2`, owner, contentHash} }
 
+// countRows is for progress: of a large table it is what the last VACUUM or ANALYZE has seen, as a count would take as long as reading all of it, and hold a snapshot meanwhile.
 func (s *Store) countRows(ctx context.Context) (n int64, err error) {
-	err = s.scan(ctx, func(tx pgx.Tx) error { return tx.QueryRow(ctx, "SELECT count(*) FROM resources").Scan(&n) })
+	err = s.scan(ctx, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, `SELECT CASE WHEN reltuples >= 100000 THEN reltuples::bigint ELSE (SELECT count(*) FROM resources) END FROM pg_class WHERE oid = 'resources'::regclass`).Scan(&n)
+	})
 	return n, wrap(err, "count rows")
 }
 
