@@ -168,8 +168,10 @@ func (d *Deployment) takePolicy(ctx context.Context, now *descriptor.Policy) (re
 	if now.Equal(was) {
 		return nil, nil
 	}
-	for _, region := range policy.Concerned(was, now, d.regions()) {
-		reasons = append(reasons, d.judge(ctx, region, now)...)
+	concerned := policy.Concerned(was, now, d.regions())
+	for _, region := range concerned {
+		first := region != d.cfg.Region && (region < d.cfg.Region || !slices.Contains(concerned, d.cfg.Region))
+		reasons = append(reasons, d.judge(ctx, region, now, first)...)
 	}
 	if len(reasons) > 0 {
 		return reasons, nil
@@ -184,9 +186,9 @@ func (d *Deployment) takePolicy(ctx context.Context, now *descriptor.Policy) (re
 	return nil, nil
 }
 
-// judge says why a region, from which a policy takes something, holds it back. All regions ask the same ones, and take a policy only after it has been declared to each of those: otherwise
-// one that has not heard of it yet could go on to create what it may not own.
-func (d *Deployment) judge(ctx context.Context, region string, now *descriptor.Policy) []string {
+// judge says why a region, from which a policy takes something, holds it back. Those regions take it one after the other, in the order of their names, and before all others (first): from
+// then on they create nothing that they may not own. If somebody else went first, a resource could be created in two regions.
+func (d *Deployment) judge(ctx context.Context, region string, now *descriptor.Policy, first bool) []string {
 	if !slices.Contains(d.regions(), region) {
 		return nil // it owns nothing
 	}
@@ -194,11 +196,17 @@ func (d *Deployment) judge(ctx context.Context, region string, now *descriptor.P
 	if err != nil {
 		return []string{fmt.Sprintf("region %s must say whether it owns resources that this policy takes from it, and cannot be asked: %v", region, err)}
 	}
+	if told.InForce.Equal(now) {
+		return nil // what it owns all the same was created meanwhile, and stays with it
+	}
 	if reasons := policy.Orphans(region, told.Owned, now); len(reasons) > 0 {
 		return reasons
 	}
 	if !told.Declared.Equal(now) {
 		return []string{fmt.Sprintf("region %s, from which it takes something, has not been given this policy: apply the ServiceDescriptor there, too", region)}
+	}
+	if first {
+		return []string{fmt.Sprintf("region %s, from which it takes something, must take it first", region)}
 	}
 	return nil
 }
