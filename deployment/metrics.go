@@ -18,7 +18,11 @@ func (d *Deployment) measure() error {
 	for _, kind := range []string{purgedTombstones, purgedFences} {
 		d.purged.WithLabelValues(kind)
 	}
-	return registerAll(d.registerer(), d.purged, d.fencedWrites(), &connections{d})
+	held := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dbcontroller_policy_held",
+		Help: "1 while the policy of the service that is declared is not in force, and the former one is; otherwise 0. /statusz says why."}, func() float64 {
+		return float64(min(1, len(d.PolicyHeld())))
+	})
+	return registerAll(d.registerer(), d.purged, d.fencedWrites(), held, &connections{d})
 }
 
 func registerAll(r prometheus.Registerer, all ...prometheus.Collector) error {

@@ -65,6 +65,18 @@ func (o *office) has(name string) func() bool {
 	}
 }
 
+// held is the metric that says that a policy is held back.
+func (o *office) held() float64 {
+	families, err := o.Metrics().Gather()
+	o.g.Expect(err).NotTo(HaveOccurred())
+	for _, f := range families {
+		if f.GetName() == "dbcontroller_policy_held" {
+			return f.GetMetric()[0].GetGauge().GetValue()
+		}
+	}
+	return -1
+}
+
 // TestPolicyOfAServiceIsRefused: a region takes the policy of a ServiceDescriptor only if no region would own what nobody may own then (F33, F36, I42, spec 4.9). The former one stays in
 // force everywhere, also across restarts, and the reason is said; when what was in the way is gone, it comes into force by itself.
 func TestPolicyOfAServiceIsRefused(t *testing.T) {
@@ -121,6 +133,7 @@ func TestPolicyOfAServiceIsRefused(t *testing.T) {
 		g.Eventually(o.PolicyHeld).Should(ConsistOf("region us, which it does not enable any more, still owns 1 resources (1 Office): delete them first, or keep the region enabled"))
 		g.Expect(inForce(o)()).To(Equal("[ap eu us] eu"))
 	}
+	g.Expect(us.held()).To(Equal(1.0))
 	g.Expect(us.write(store.Create, "regions/us/offices/b")).To(Succeed(), "the former policy is in force, in all it says")
 	g.Expect(eu.write(store.Create, "notes/m")).To(Succeed())
 	g.Eventually(us.has("notes/m")).Should(BeTrue())
@@ -145,6 +158,7 @@ func TestPolicyOfAServiceIsRefused(t *testing.T) {
 	for _, o := range offices {
 		g.Eventually(inForce(o)).Should(Equal("[ap eu] eu"))
 		g.Eventually(o.PolicyHeld).Should(BeEmpty())
+		g.Expect(o.held()).To(BeZero())
 	}
 	g.Eventually(us.has("notes/n")).Should(BeFalse(), "it is carried out")
 	g.Expect(us.write(store.Create, "regions/us/offices/c")).To(MatchError(ContainSubstring("enabledRegions")))

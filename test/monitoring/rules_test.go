@@ -239,6 +239,8 @@ var alertCases = []alertCase{
 	{"DeploymentNotRunning", "is silent after a slow start", []string{own("dbcontroller_deployment_running", "0x3 1x10")}, "8m", nil},
 	{"ReconcileErrors", "fires", []string{`controller_runtime_reconcile_errors_total{controller="deployment"} 0+1x30`}, "25m", []string{warning + `controller="deployment"`}},
 	{"ReconcileErrors", "is silent for a conflict now and then", []string{`controller_runtime_reconcile_errors_total{controller="deployment"} 0 1x15 2x15`}, "25m", nil},
+	{"PolicyHeld", "fires", []string{`dbcontroller_policy_held{db_service="s",target_region="eu"} 1x20`}, "18m", []string{warning + `db_service="s", target_region="eu"`}},
+	{"PolicyHeld", "is silent while a descriptor is rolled out", []string{`dbcontroller_policy_held{db_service="s",target_region="eu"} 1x5 0x20`}, "18m", nil},
 	{"TopologyProblems", "fires", []string{`dbcontroller_registry_problems{reason="Conflict"} 1x20`}, "18m", []string{warning + `reason="Conflict"`}},
 	{"TopologyProblems", "is silent when it is mended at once", []string{`dbcontroller_registry_problems{reason="Conflict"} 1x5 0x20`}, "18m", nil},
 }
