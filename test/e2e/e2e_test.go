@@ -31,7 +31,12 @@ const (
 // TestRegionsOnARealControlPlane installs the chart for three regions, adds a fourth one live, scales managers 1 -> 3 -> 7 -> 2, and kills and pauses them and the
 // kube-apiserver, while writers write through the API servers of two regions. Shows D6, O1-O7, P1, P12, P13, P22, F57-F60, F76-F79, I31, I39, X22-X24, X34, X36.
 func TestRegionsOnARealControlPlane(t *testing.T) {
-	g := NewWithT(t)
+	failure := "" // it is told again behind the logs, where it is found
+	g := NewGomega(func(message string, _ ...int) {
+		t.Helper()
+		failure = message
+		t.Fatal(message)
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	seed := rand.Uint64()
@@ -58,7 +63,12 @@ func TestRegionsOnARealControlPlane(t *testing.T) {
 				t.Errorf("%s: a process has panicked:\n%s", file, cluster.Tail(text, 60))
 			}
 		}
-		g.Expect(c.Close()).To(Succeed())
+		if failure != "" {
+			t.Log(failure)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
 	})
 
 	ready := func(regions ...string) {

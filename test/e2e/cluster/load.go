@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -142,12 +143,27 @@ func (l *Load) one(ctx context.Context, n, spread int, via string) {
 			return
 		case waited > Visible:
 			l.mu.Lock()
-			l.lost = append(l.lost, fmt.Sprintf("%s %s: %v", resource["name"], version, err))
+			l.lost = append(l.lost, fmt.Sprintf("%s %s, committed at %s: %v; %s", resource["name"], version, committed.Format(time.TimeOnly), err, l.c.whereabouts(ending, resource["name"])))
 			l.mu.Unlock()
 			return
 		}
 		time.Sleep(max(time.Millisecond, waited/20))
 	}
+}
+
+// whereabouts says what each region has of a name, as its database tells.
+func (c *Cluster) whereabouts(ctx context.Context, name any) string {
+	const sql = `SELECT coalesce((SELECT format('%s.%s state %s in %s, version %s', epoch, resource_version, state, regions, body->>'version') FROM v1.resources WHERE name = $1), 'nothing')
+		|| coalesce((SELECT '; in quarantine: ' || cause FROM ctl.quarantine WHERE name = $1 LIMIT 1), '')`
+	var all []string
+	for _, region := range c.Regions() {
+		var found string
+		if err := c.Region(region).DB.QueryRow(ctx, sql, name).Scan(&found); err != nil {
+			found = err.Error()
+		}
+		all = append(all, region+" has "+found)
+	}
+	return strings.Join(all, "; ")
 }
 
 // Figures are what a load has seen.
