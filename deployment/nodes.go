@@ -36,25 +36,16 @@ func (f fencer) Raise(ctx context.Context, kind string, shards descriptor.ShardR
 	return epoch, err
 }
 
-// nodes is what Manage runs of a Deployment, and what it knows of the other replicas.
+// nodes is what Manage runs of a Deployment.
 type nodes struct {
 	kinds map[string]*running
 
 	mu      sync.Mutex
 	manager *nodemanager.Manager // nil while Manage does not run
-	heard   map[heardOf]heard
-}
-
-type heardOf struct{ kind, member string }
-
-// heard is a report of another replica, and since when it is what that one says, by the clock here.
-type heard struct {
-	report string
-	since  time.Time
 }
 
 func newNodes() *nodes {
-	n := &nodes{kinds: map[string]*running{}, heard: map[heardOf]heard{}}
+	n := &nodes{kinds: map[string]*running{}}
 	for _, kind := range []string{kindSearch, kindConstraint, kindSyncing, kindPolicy} {
 		n.kinds[kind] = &running{}
 	}
@@ -107,11 +98,6 @@ func (d *Deployment) manageNodes(ctx context.Context, kinds []nodemanager.Kind) 
 	}
 	d.nodes.set(m)
 	defer d.nodes.set(nil)
-	listening, stop := context.WithCancel(ctx)
-	var listener sync.WaitGroup
-	listener.Go(func() { d.nodes.listen(listening) })
-	defer listener.Wait()
-	defer stop()
 	return m.Run(ctx)
 }
 
@@ -132,36 +118,6 @@ func (n *nodes) status() nodemanager.Status {
 	return m.Status()
 }
 
-// listen notes when the reports of other replicas change, until ctx is done.
-func (n *nodes) listen(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		n.hear(n.status(), time.Now())
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-func (n *nodes) hear(s nodemanager.Status, now time.Time) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	all := map[heardOf]heard{}
-	for _, k := range s.Kinds {
-		for _, m := range k.Members {
-			of := heardOf{k.Kind, m.ID}
-			all[of] = n.heard[of]
-			if report := string(m.Status); all[of].report != report || all[of].since.IsZero() {
-				all[of] = heard{report, now}
-			}
-		}
-	}
-	n.heard = all
-}
-
 // reports returns what the nodes of a kind say of themselves, in all living replicas, and how many shards of the ring they work on.
 func (n *nodes) reports(kind string) (all []aged, owned int) {
 	s, now := n.status(), time.Now()
@@ -176,22 +132,12 @@ func (n *nodes) reports(kind string) (all []aged, owned int) {
 				for _, r := range n.kinds[kind].reports() {
 					all = append(all, aged{r, 0})
 				}
-			case m.Alive:
-				all = readReports(all, m.Status, n.age(heardOf{kind, m.ID}, m.Status, now))
+			case m.Alive && !m.Heard.IsZero():
+				all = readReports(all, m.Status, now.Sub(m.Heard))
 			}
 		}
 	}
 	return all, owned
-}
-
-// age is how long a report has been what a member says.
-func (n *nodes) age(of heardOf, report []byte, now time.Time) time.Duration {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if h := n.heard[of]; h.report == string(report) {
-		return now.Sub(h.since)
-	}
-	return 0
 }
 
 // Shards says how the shards of a Deployment are divided among its replicas, by kind of nodes; nil where no nodes run.

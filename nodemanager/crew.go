@@ -3,7 +3,6 @@ package nodemanager
 import (
 	"context"
 	"sync"
-	"time"
 )
 
 // crew are the nodes of a process while it is one member.
@@ -26,6 +25,9 @@ func newCrew(m *Manager, s Session) *crew {
 			c.reports[k.Name] = append(c.reports[k.Name], NodeReport{ID: id})
 			c.workers = append(c.workers, newWorker(c, k, i, id))
 		}
+		if k.Status != nil {
+			s.Tell(k.Name, k.Status)
+		}
 		c.publish(k)
 	}
 	return c
@@ -38,10 +40,8 @@ func (c *crew) changes() <-chan struct{} {
 	return c.changed
 }
 
-// listen passes changes on to whoever waits for them, and tells others the status of the kinds now and then.
+// listen passes changes on to whoever waits for them.
 func (c *crew) listen(ctx context.Context) error {
-	tick := time.NewTicker(c.m.cfg.CheckEvery)
-	defer tick.Stop()
 	for {
 		select {
 		case <-c.session.Changes():
@@ -49,12 +49,6 @@ func (c *crew) listen(ctx context.Context) error {
 			close(c.changed)
 			c.changed = make(chan struct{})
 			c.mu.Unlock()
-		case <-tick.C:
-			for _, k := range c.m.cfg.Kinds {
-				if k.Status != nil {
-					c.publish(k)
-				}
-			}
 		case <-ctx.Done():
 			return nil
 		}
@@ -78,13 +72,9 @@ func (c *crew) report(k Kind, i int, r NodeReport) {
 }
 
 func (c *crew) publish(k Kind) {
-	var status []byte
-	if k.Status != nil {
-		status = k.Status()
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock() // reports in order
-	c.session.Report(k.Name, Report{Nodes: append([]NodeReport(nil), c.reports[k.Name]...), Leaving: c.leaving, Status: status})
+	c.session.Report(k.Name, Report{Nodes: append([]NodeReport(nil), c.reports[k.Name]...), Leaving: c.leaving})
 }
 
 // leave says that the nodes are about to stop; left that they have.

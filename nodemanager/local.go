@@ -1,10 +1,10 @@
 package nodemanager
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -70,7 +70,7 @@ func (l *Local) join(name string) *localSession {
 	l.joined++
 	s := &localSession{
 		at: l, id: name + "_" + strconv.Itoa(l.joined), renewed: time.Now(), changes: make(chan struct{}, 1), lost: make(chan struct{}),
-		reports: map[string]Report{}, seen: map[string]View{},
+		reports: map[string]Report{}, status: map[string]func() []byte{}, seen: map[string]View{},
 	}
 	l.members = append(l.members, s)
 	l.tell()
@@ -112,6 +112,8 @@ type localSession struct {
 	// Of at.mu.
 	renewed time.Time
 	reports map[string]Report
+	status  map[string]func() []byte
+	heard   time.Time       // when status was last asked; zero: never
 	seen    map[string]View // what it has seen last
 }
 
@@ -125,10 +127,16 @@ func (s *localSession) renew(cancel context.CancelFunc, worked <-chan struct{}) 
 		case <-worked:
 			return
 		}
+		said, asked := s.say(), time.Now()
 		s.at.mu.Lock()
 		late := time.Since(s.renewed) >= s.at.timing.RenewDeadline
 		if !late && s.at.reachable(s.id) {
-			s.renewed = time.Now()
+			s.renewed, s.heard = time.Now(), asked
+			for kind, status := range said {
+				r := s.reports[kind]
+				r.Status = status
+				s.reports[kind] = r
+			}
 		}
 		if s.at.forget() {
 			s.at.tell()
@@ -149,8 +157,27 @@ func (s *localSession) Member() string { return s.id }
 func (s *localSession) Report(kind string, r Report) {
 	s.at.mu.Lock()
 	defer s.at.mu.Unlock()
-	s.reports[kind] = Report{slices.Clone(r.Nodes), r.Leaving, bytes.Clone(r.Status)}
+	s.reports[kind] = Report{slices.Clone(r.Nodes), r.Leaving, s.reports[kind].Status}
 	s.at.tell()
+}
+
+// Tell implements Session.
+func (s *localSession) Tell(kind string, status func() []byte) {
+	s.at.mu.Lock()
+	defer s.at.mu.Unlock()
+	s.status[kind] = status
+}
+
+// say asks for the status of all kinds.
+func (s *localSession) say() map[string][]byte {
+	s.at.mu.Lock()
+	status := maps.Clone(s.status)
+	s.at.mu.Unlock()
+	said := map[string][]byte{}
+	for kind, ask := range status {
+		said[kind] = ask()
+	}
+	return said
 }
 
 // View implements Session.
@@ -168,11 +195,12 @@ func (s *localSession) View(kind string) View {
 		if alive && v.Leader == "" {
 			v.Leader = m.id
 		}
-		report := m.reports[kind]
+		member := Member{ID: m.id, Alive: alive, Heard: m.heard, Report: m.reports[kind]}
 		if !s.at.reachable(m.id) { // what it says now is not heard
-			report = s.heard(kind, m.id)
+			was := s.last(kind, m.id)
+			member.Heard, member.Report = was.Heard, was.Report
 		}
-		v.Members = append(v.Members, Member{ID: m.id, Alive: alive, Report: report})
+		v.Members = append(v.Members, member)
 	}
 	slices.SortFunc(v.Members, func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
 	v.Leading = v.Leader == s.id
@@ -180,13 +208,14 @@ func (s *localSession) View(kind string) View {
 	return v
 }
 
-func (s *localSession) heard(kind, member string) Report {
+// last is how a member was seen last.
+func (s *localSession) last(kind, member string) Member {
 	for _, m := range s.seen[kind].Members {
 		if m.ID == member {
-			return m.Report
+			return m
 		}
 	}
-	return Report{}
+	return Member{}
 }
 
 // Changes implements Session.

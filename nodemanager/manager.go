@@ -31,7 +31,8 @@ type Kind struct {
 	Nodes int
 	// New returns a node for an API version, without a range. It is called when a node is granted shards, and again when it has failed.
 	New func(version string) (Node, error)
-	// Status, if there is any, returns what this process has to say of the kind to others: Status().Kinds[].Members[].Status there.
+	// Status, if there is any, returns what this process has to say of the kind to others: Status().Kinds[].Members[].Status there. It is asked at each renewal of the membership, which
+	// waits for it: it must return at once.
 	Status func() []byte
 }
 

@@ -22,12 +22,15 @@ type Membership interface {
 type Session interface {
 	// Member is the member's ID. No other member has had it, of this process or of others.
 	Member() string
-	// Report replaces what the member says of its nodes of a kind. It is published soon, and again whenever the registration is renewed.
+	// Report replaces what the member says of its nodes of a kind, but for its Status. It is published soon, and again whenever the registration is renewed.
 	Report(kind string, r Report)
+	// Tell makes status the source of what the member says in Report.Status: it is asked whenever the registration is renewed, so that what others hear is no older than that. It must
+	// return at once, as renewals wait for it.
+	Tell(kind string, status func() []byte)
 	// View returns what is known of a kind now. It may be of a moment ago. Plans in it have rising versions; one that was lost, or put back by
 	// hand, shows as none.
 	View(kind string) View
-	// Changes gets a value after views may have changed. It has one reader.
+	// Changes gets a value after views may have changed in more than Report.Status and Heard. It has one reader.
 	Changes() <-chan struct{}
 	// Publish puts plan in force, if the one in force has the version after, 0 for none; otherwise it returns ErrConflict.
 	Publish(ctx context.Context, kind string, plan Plan, after int64) error

@@ -54,7 +54,7 @@ type Report struct {
 	Nodes []NodeReport `json:"nodes,omitempty"`
 	// Leaving: the member is about to end, and wants no shards.
 	Leaving bool `json:"leaving,omitempty"`
-	// Status is of the kind, for others to read. The node manager does not look at it.
+	// Status is what Session.Tell asks for: of the kind, for others to read. The node manager does not look at it.
 	Status []byte `json:"status,omitempty"`
 }
 

@@ -401,6 +401,35 @@ func TestScaled(t *testing.T) { // P12, P13, X24
 	})
 }
 
+// TestStatusIsAsOldAsARenewal: what others say of themselves is not older than the time between two renewals, or copies that are fresh look stale.
+func TestStatusIsAsOldAsARenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newRingWorld(t)
+		a, b := w.start("a"), w.start("b")
+		w.covered(10 * time.Second)
+		var oldest time.Duration
+		looks := 0
+		for range 1000 {
+			time.Sleep(37 * time.Millisecond)
+			for _, m := range a.manager.Status().Kinds[0].Members {
+				if m.ID == b.manager.Status().Member && !m.Heard.IsZero() {
+					looks++
+					oldest = max(oldest, time.Since(m.Heard))
+					if string(m.Status) != "b" {
+						t.Fatalf("b says %q", m.Status)
+					}
+				}
+			}
+		}
+		if looks < 900 {
+			t.Errorf("the status was known in %d of 1000 looks", looks)
+		}
+		if oldest > 2*time.Second { // the default of RetryPeriod
+			t.Errorf("the status of another member was up to %s old", oldest)
+		}
+	})
+}
+
 func TestKilled(t *testing.T) { // P13: covered again within the lease and two retries
 	synctest.Test(t, func(t *testing.T) {
 		w := newRingWorld(t)

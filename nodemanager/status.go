@@ -1,6 +1,8 @@
 package nodemanager
 
 import (
+	"time"
+
 	"github.com/dbcontroller/db-controller/descriptor"
 )
 
@@ -31,8 +33,9 @@ type MemberStatus struct {
 	Alive   bool         `json:"alive"`
 	Leaving bool         `json:"leaving,omitempty"`
 	Nodes   []NodeStatus `json:"nodes,omitempty"`
-	// Status is what Kind.Status returned there, a moment ago.
-	Status []byte `json:"status,omitempty"`
+	// Status is what Kind.Status returned there when it was last Heard of, by the clock here; the zero time is never.
+	Status []byte    `json:"status,omitempty"`
+	Heard  time.Time `json:"heard,omitzero"`
 }
 
 // NodeStatus is the state of a node.
@@ -63,7 +66,7 @@ func (m *Manager) Status() Status {
 			PlanVersion: v.Plan.Version, Leader: v.Leader, Draining: v.Plan.Draining,
 		}
 		for _, member := range v.Members {
-			ms := MemberStatus{ID: member.ID, Alive: member.Alive, Leaving: member.Leaving, Status: member.Status}
+			ms := MemberStatus{ID: member.ID, Alive: member.Alive, Leaving: member.Leaving, Status: member.Status, Heard: member.Heard}
 			for _, n := range member.Nodes {
 				p := v.Plan.Node(n.ID)
 				ms.Nodes = append(ms.Nodes, NodeStatus{n.ID, n.Held, p.Granted, p.Target, n.Seen})

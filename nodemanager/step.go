@@ -4,6 +4,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"time"
 
 	"github.com/dbcontroller/db-controller/descriptor"
 )
@@ -13,6 +14,8 @@ type Member struct {
 	ID string
 	// Alive: its registration has not run out. A dead member works on nothing, or is fenced when it tries.
 	Alive bool
+	// Heard is when its Report was heard, by the clock here: what its Status says was so then. Zero if that may have been said long before.
+	Heard time.Time
 	Report
 }
 

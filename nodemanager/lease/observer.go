@@ -33,6 +33,7 @@ type seenMember struct {
 	report   nodemanager.Report
 	renewed  string        // what changes with each renewal
 	changed  time.Time     // when it was seen to
+	heard    time.Time     // the same, but zero if that may have happened long before
 	duration time.Duration // until it is dead, from then
 	lease    *coordinationv1.Lease
 	gone     bool // the Lease has been deleted
@@ -50,7 +51,7 @@ func newObserver(self, clock string, duration time.Duration) *observer {
 	return &observer{self: self, clock: clock, duration: duration, members: map[string]*seenMember{}, plans: map[string]*seenPlan{}}
 }
 
-// see takes a Lease in, and says whether it says anything new besides that its holder lives.
+// see takes a Lease in, and says whether it says anything new besides that its holder lives, and how.
 func (o *observer) see(l *coordinationv1.Lease, deleted bool, now time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -86,18 +87,20 @@ func (o *observer) seeMember(l *coordinationv1.Lease, deleted bool, now time.Tim
 	if s := l.Spec.LeaseDurationSeconds; s != nil && *s > 0 {
 		m.duration = time.Duration(*s) * time.Second
 	}
-	said := l.Annotations[annotationReport]
-	if err := json.Unmarshal([]byte(said), &m.report); err != nil {
+	if err := json.Unmarshal([]byte(l.Annotations[annotationReport]), &m.report); err != nil {
 		m.report = nodemanager.Report{} // not ours; the member writes it again
 	}
-	if was != nil && was.id == m.id && was.renewed == m.renewed {
-		m.changed = was.changed
+	switch {
+	case was != nil && was.id == m.id && was.renewed == m.renewed:
+		m.changed, m.heard = was.changed, was.heard
+	case now.Sub(o.before) <= o.duration: // the watch is not made anew, for it has told of our own renewals just now
+		m.heard = now
 	}
 	o.members[l.Name] = m
 	if m.id == o.self && l.Name == o.clock && (was == nil || was.renewed != m.renewed) {
 		o.before, o.latest = o.latest, now
 	}
-	return was == nil || was.gone || was.id != m.id || was.lease.Annotations[annotationReport] != said
+	return was == nil || was.gone || was.id != m.id || was.report.Leaving != m.report.Leaving || !slices.Equal(was.report.Nodes, m.report.Nodes)
 }
 
 func (o *observer) seePlan(l *coordinationv1.Lease, deleted bool) bool {
@@ -165,7 +168,7 @@ func (o *observer) view(kind string) nodemanager.View {
 			continue
 		}
 		if m.kind == kind && m.id != "" {
-			v.Members = append(v.Members, nodemanager.Member{ID: m.id, Alive: alive, Report: m.report})
+			v.Members = append(v.Members, nodemanager.Member{ID: m.id, Alive: alive, Heard: m.heard, Report: m.report})
 		}
 	}
 	slices.SortFunc(v.Members, func(a, b nodemanager.Member) int { return cmp.Compare(a.ID, b.ID) })

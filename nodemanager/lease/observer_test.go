@@ -119,6 +119,47 @@ func TestSilenceIsMeasuredByOurOwnRenewals(t *testing.T) { // P21
 	}
 }
 
+func TestReportsThatMayBeOldAreNotHeard(t *testing.T) { // P2
+	s := newStory(t)
+	heard := func(id string) time.Time {
+		for _, m := range s.o.view("k").Members {
+			if m.ID == id {
+				return m.Heard
+			}
+		}
+		t.Fatalf("%s is not there", id)
+		return time.Time{}
+	}
+	expect := func(id string, want time.Time) {
+		t.Helper()
+		if got := heard(id); !got.Equal(want) {
+			t.Fatalf("%s was heard at %s, want %s", id, got, want)
+		}
+	}
+	s.renews("me", "a") // the first list
+	expect("a", time.Time{})
+	for range 2 {
+		s.now = s.now.Add(2 * time.Second)
+		s.renews("me", "a")
+	}
+	expect("a", s.now)
+	s.renews("b") // is new
+	expect("b", s.now)
+	was := s.now
+	s.now = s.now.Add(time.Second)
+	s.o.see(s.o.members["lease-b"].lease, false, s.now) // nothing but a relist
+	expect("b", was)
+	// The watch is cut, b dies, and the next list tells what b had said last, we do not know when.
+	s.now = s.now.Add(10 * time.Minute)
+	s.renews("me", "a", "b")
+	expect("a", time.Time{})
+	expect("b", time.Time{})
+	s.now = s.now.Add(2 * time.Second)
+	s.renews("me", "a")
+	expect("a", s.now)
+	expect("b", time.Time{})
+}
+
 func TestDeletedByHandIsNoEnd(t *testing.T) { // O4
 	s := newStory(t)
 	s.renews("me", "a")

@@ -1,7 +1,6 @@
 package lease
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -44,6 +43,7 @@ type session struct {
 
 	mu      sync.Mutex
 	reports map[string]nodemanager.Report
+	status  map[string]func() []byte
 	unsaid  map[string]bool // kinds whose report is not published yet
 	renewed time.Time       // when the last renewal that succeeded was asked for
 	timer   *time.Timer     // fires when it was too long ago
@@ -72,7 +72,7 @@ func newSession(cfg *Config, id, previous string, renewals, others coordinationc
 		observer: newObserver(id, memberName(cfg.Prefix, cfg.Kinds[0], cfg.Replica), cfg.Timing.Lease),
 		changes:  make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 		own: map[string]*coordinationv1.Lease{}, strangers: map[string]stranger{},
-		reports: map[string]nodemanager.Report{}, unsaid: map[string]bool{}, lost: make(chan struct{}),
+		reports: map[string]nodemanager.Report{}, status: map[string]func() []byte{}, unsaid: map[string]bool{}, lost: make(chan struct{}),
 	}
 }
 
@@ -161,10 +161,13 @@ func (s *session) request(ctx context.Context) (context.Context, context.CancelF
 // write writes the Lease of a kind over what was there, nil for nothing.
 func (s *session) write(ctx context.Context, kind string, was *coordinationv1.Lease) error {
 	s.mu.Lock()
-	report := s.reports[kind]
+	report, status := s.reports[kind], s.status[kind]
 	unsaid := s.unsaid[kind]
 	s.unsaid[kind] = false
 	s.mu.Unlock()
+	if status != nil {
+		report.Status = status()
+	}
 	said, err := json.Marshal(report)
 	if err != nil {
 		return fmt.Errorf("write report of %s: %w", kind, err)
@@ -469,7 +472,7 @@ func (s *session) Member() string { return s.id }
 
 // Report implements nodemanager.Session.
 func (s *session) Report(kind string, r nodemanager.Report) {
-	r.Nodes, r.Status = slices.Clone(r.Nodes), bytes.Clone(r.Status)
+	r.Nodes = slices.Clone(r.Nodes)
 	s.mu.Lock()
 	s.reports[kind], s.unsaid[kind] = r, true
 	s.mu.Unlock()
@@ -477,6 +480,13 @@ func (s *session) Report(kind string, r nodemanager.Report) {
 	case s.dirty <- struct{}{}:
 	default:
 	}
+}
+
+// Tell implements nodemanager.Session.
+func (s *session) Tell(kind string, status func() []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status[kind] = status
 }
 
 // View implements nodemanager.Session.

@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,7 +30,7 @@ type Place interface {
 // Run runs the suite; each part of it has a fresh place.
 func Run(t *testing.T, part func(t *testing.T, f func(t *testing.T, p Place))) {
 	for name, f := range map[string]func(*testing.T, Place){
-		"members hear of each other": hear, "one leads": lead, "one plan is in force": plan, "who leaves is gone": leave,
+		"members hear of each other": hear, "what they tell is asked for at each renewal": tell, "one leads": lead, "one plan is in force": plan, "who leaves is gone": leave,
 		"who is silent stops and is dead": silence, "who does not stop stays until it is dead": stubborn, "who lives stays": stay,
 	} {
 		t.Run(name, func(t *testing.T) { part(t, func(t *testing.T, p Place) { f(t, p) }) })
@@ -100,13 +102,14 @@ func (x *process) sees() []string {
 	return ids
 }
 
-func (x *process) report(of string) nodemanager.Report {
+// member is how x sees a member.
+func (x *process) member(id string) nodemanager.Member {
 	for _, m := range x.View(Kind).Members {
-		if m.ID == of {
-			return m.Report
+		if m.ID == id {
+			return m
 		}
 	}
-	return nodemanager.Report{}
+	return nodemanager.Member{}
 }
 
 // within waits for ok.
@@ -139,16 +142,40 @@ func hear(t *testing.T, p Place) {
 	for len(b.Changes()) > 0 {
 		<-b.Changes()
 	}
-	a.Report(Kind, nodemanager.Report{Nodes: []nodemanager.NodeReport{held}, Status: []byte("well\x00")})
+	a.Report(Kind, nodemanager.Report{Nodes: []nodemanager.NodeReport{held}})
 	within(t, soon, "b hears a", func() bool {
-		r := b.report(a.Member())
-		return len(r.Nodes) == 1 && r.Nodes[0] == held && string(r.Status) == "well\x00" && !r.Leaving
+		r := b.member(a.Member()).Report
+		return len(r.Nodes) == 1 && r.Nodes[0] == held && !r.Leaving
 	})
 	select {
 	case <-b.Changes():
 	case <-time.After(soon):
 		t.Error("nobody told b")
 	}
+}
+
+func tell(t *testing.T, p Place) {
+	a, b := start(t, p, "a"), start(t, p, "b")
+	var asked atomic.Int64
+	a.Tell(Kind, func() []byte { return strconv.AppendInt(nil, asked.Add(1), 10) })
+	a.Tell("other", func() []byte { return []byte("another kind\x00") })
+	heard := func() (n int64) {
+		n, _ = strconv.ParseInt(string(b.member(a.Member()).Status), 10, 64)
+		return n
+	}
+	within(t, 2*p.Timing().Lease, "b hears a again and again, although a reports nothing", func() bool { return heard() > 3 })
+	m := b.member(a.Member())
+	if age := time.Since(m.Heard); age < 0 || age > p.Timing().Lease {
+		t.Errorf("heard %s ago", age)
+	}
+	a.Report(Kind, nodemanager.Report{Nodes: []nodemanager.NodeReport{{ID: "x"}}})
+	within(t, p.Timing().Lease, "a report leaves it", func() bool {
+		m := b.member(a.Member())
+		return len(m.Nodes) == 1 && heard() > 3
+	})
+	within(t, p.Timing().Lease, "another kind tells something else", func() bool {
+		return slices.ContainsFunc(b.View("other").Members, func(m nodemanager.Member) bool { return m.ID == a.Member() && string(m.Status) == "another kind\x00" })
+	})
 }
 
 func lead(t *testing.T, p Place) {

@@ -369,7 +369,8 @@ func (r *Region) Ready(ctx context.Context) (bool, string) {
 	if ready == nil {
 		return false, "no condition Ready yet"
 	}
-	return ready.Status == metav1.ConditionTrue, ready.Reason + ": " + ready.Message
+	peers, err := json.Marshal(d.Status.Peers)
+	return ready.Status == metav1.ConditionTrue && err == nil, fmt.Sprintf("%s: %s; peers %s", ready.Reason, ready.Message, peers)
 }
 
 // RestartControlPlane stops the kube-apiserver, waits, and starts it again on the same data.
