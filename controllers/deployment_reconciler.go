@@ -10,6 +10,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
@@ -72,7 +73,7 @@ func (r *deploymentReconciler) Reconcile(ctx context.Context, d *v1alpha1.Deploy
 		record(r.recorder, d, happenings(was, o.serving))
 	}
 	r.served[d.UID] = o.serving
-	return reconcile.Result{RequeueAfter: next}, nil
+	return reconcile.Result{RequeueAfter: wait.Jitter(next, 0.2)}, nil // in step with the renewals of replicas it would see their reports always at the same age
 }
 
 // again looks again soon when an object has changed since it was read, which is no error.

@@ -27,7 +27,8 @@ type office struct {
 	end func()
 }
 
-func (o *office) start() {
+// listen takes the address of the office, the same one as before if it had one.
+func (o *office) listen() {
 	var err error
 	if o.listener == nil {
 		o.listener, err = net.Listen("tcp", "127.0.0.1:0")
@@ -37,6 +38,7 @@ func (o *office) start() {
 	o.g.Expect(err).NotTo(HaveOccurred())
 }
 
+// run opens its Deployment and runs it until end.
 func (o *office) run() {
 	d, err := deployment.Open(context.Background(), deployment.Config{Key: registry.Key{Service: "offices.example.com", Region: o.region}, Registry: o.registry, DSN: o.dsn,
 		MaxConns: 8, PolicyRate: -1, Logger: slog.New(slog.DiscardHandler)})
@@ -85,7 +87,7 @@ func TestPolicyOfAServiceIsRefused(t *testing.T) {
 	offices := map[string]*office{}
 	for _, region := range []string{"ap", "eu", "us"} {
 		o := &office{region: region, dsn: pgtest.Database(t), g: g, registry: registry.New()}
-		o.start()
+		o.listen()
 		offices[region] = o
 	}
 	ap, eu, us := offices["ap"], offices["eu"], offices["us"]
@@ -139,14 +141,14 @@ func TestPolicyOfAServiceIsRefused(t *testing.T) {
 	g.Eventually(us.has("notes/m")).Should(BeTrue())
 	g.Eventually(us.PolicyHeld).Should(ConsistOf(ContainSubstring("(2 Office)")))
 	eu.end()
-	eu.start()
+	eu.listen()
 	eu.run()
 	g.Expect(inForce(eu)()).To(Equal("[ap eu us] eu"), "a restart does not forget it")
 	g.Eventually(eu.PolicyHeld).Should(ConsistOf(ContainSubstring("(2 Office)")))
 	g.Expect(eu.Status().PolicyHeld).NotTo(BeEmpty())
 
 	jp := &office{region: "jp", dsn: pgtest.Database(t), g: g, registry: registry.New()}
-	jp.start()
+	jp.listen()
 	offices["jp"] = jp
 	declare(policy("eu", "ap", "eu"), ap, eu, us, jp)
 	jp.run()
@@ -174,7 +176,7 @@ func TestPolicyOfAServiceIsRefused(t *testing.T) {
 	g.Expect(ap.write(store.Create, "notes/x")).To(MatchError(ContainSubstring("owned by region eu")))
 	g.Expect(inForce(ap)()).To(Equal("[ap eu] eu"))
 	declare(policy("ap", "ap", "eu"), eu)
-	eu.start()
+	eu.listen()
 	eu.run()
 	for _, o := range []*office{ap, eu} {
 		g.Eventually(inForce(o), "90s").Should(Equal("[ap eu] ap"))

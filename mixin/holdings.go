@@ -37,15 +37,15 @@ func (s *Server) MeasureHoldings(ctx context.Context, req *v1.MeasureHoldingsReq
 			return nil, err
 		}
 	}
+	v, err := s.version()
+	if err != nil {
+		return nil, err
+	}
 	groups, rates, err := s.cfg.Holdings(ctx, req.GetHolder(), req.GetBytes())
 	if err != nil {
 		return nil, err
 	}
 	res := &v1.MeasureHoldingsResponse{Rates: rates}
-	v, err := s.version()
-	if err != nil {
-		return nil, err
-	}
 	if res.DeclaredPolicy, err = v.Service.Policy.JSON(); err != nil {
 		return nil, err
 	}
