@@ -119,7 +119,7 @@ type Options struct {
 	Status StatusSource
 	// Verifier carries out Verifications. Nil: they stay as they are.
 	Verifier Verifier
-	// StatusInterval is how often the status of an own Deployment is renewed, or up to a fifth more; default 10 s.
+	// StatusInterval is how often the status of an own Deployment is renewed, and up to a fifth longer at random; default 10 s.
 	StatusInterval time.Duration
 	// PeerGrace is for how long a peer may be silent before it counts as unreachable; default 30 s.
 	PeerGrace time.Duration

@@ -33,7 +33,7 @@ type MemberStatus struct {
 	Alive   bool         `json:"alive"`
 	Leaving bool         `json:"leaving,omitempty"`
 	Nodes   []NodeStatus `json:"nodes,omitempty"`
-	// Status is what Kind.Status returned there when it was last Heard of, by the clock here; the zero time is never.
+	// Status is what Kind.Status returned there at Heard, by the clock here; the zero time says that it may be of long before.
 	Status []byte    `json:"status,omitempty"`
 	Heard  time.Time `json:"heard,omitzero"`
 }

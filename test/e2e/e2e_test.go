@@ -28,15 +28,24 @@ const (
 	soon = 2 * time.Minute
 )
 
+// failure is a test that remembers why it has failed, to tell it again behind long logs.
+type failure struct {
+	*testing.T
+	message string
+}
+
+// Fatalf implements gomega's types.GomegaTestingT.
+func (f *failure) Fatalf(format string, args ...any) {
+	f.Helper()
+	f.message = fmt.Sprintf(format, args...)
+	f.T.Fatalf(format, args...)
+}
+
 // TestRegionsOnARealControlPlane installs the chart for three regions, adds a fourth one live, scales managers 1 -> 3 -> 7 -> 2, and kills and pauses them and the
 // kube-apiserver, while writers write through the API servers of two regions. Shows D6, O1-O7, P1, P12, P13, P22, F57-F60, F76-F79, I31, I39, X22-X24, X34, X36.
 func TestRegionsOnARealControlPlane(t *testing.T) {
-	failure := "" // it is told again behind the logs, where it is found
-	g := NewGomega(func(message string, _ ...int) {
-		t.Helper()
-		failure = message
-		t.Fatal(message)
-	})
+	reason := &failure{T: t}
+	g := NewWithT(reason)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	seed := rand.Uint64()
@@ -63,12 +72,10 @@ func TestRegionsOnARealControlPlane(t *testing.T) {
 				t.Errorf("%s: a process has panicked:\n%s", file, cluster.Tail(text, 60))
 			}
 		}
-		if failure != "" {
-			t.Log(failure)
+		if t.Failed() {
+			t.Log(reason.message)
 		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
+		g.Expect(c.Close()).To(Succeed())
 	})
 
 	ready := func(regions ...string) {

@@ -359,7 +359,7 @@ func (r *Region) Deployment(ctx context.Context) (*v1alpha1.Deployment, error) {
 	return d, r.c.admin.Get(ctx, client.ObjectKey{Namespace: r.Name, Name: "packages." + r.Name}, d)
 }
 
-// Ready says whether the condition Ready holds, and if not, why.
+// Ready says whether the condition Ready holds, and why.
 func (r *Region) Ready(ctx context.Context) (bool, string) {
 	d, err := r.Deployment(ctx)
 	if err != nil {
@@ -370,7 +370,10 @@ func (r *Region) Ready(ctx context.Context) (bool, string) {
 		return false, "no condition Ready yet"
 	}
 	peers, err := json.Marshal(d.Status.Peers)
-	return ready.Status == metav1.ConditionTrue && err == nil, fmt.Sprintf("%s: %s; peers %s", ready.Reason, ready.Message, peers)
+	if err != nil {
+		return false, err.Error()
+	}
+	return ready.Status == metav1.ConditionTrue, fmt.Sprintf("%s: %s; peers %s", ready.Reason, ready.Message, peers)
 }
 
 // RestartControlPlane stops the kube-apiserver, waits, and starts it again on the same data.
